@@ -1,0 +1,34 @@
+"""What several test files share: the project's folder, and commands run the way a user would."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    "For commands run in a copy of the project: its own package, and nothing left behind outside of it."
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SAGE_NB", "DVC", "GIT_"))}
+    return {**own, "PYTHONPATH": str(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DVC_SITE_CACHE_DIR": str(folder / ".work/site"), **more}
+
+
+def pipeline(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    "Run `python -m sage_nb.pipeline`."
+    return subprocess.run([sys.executable, "-m", "sage_nb.pipeline", *arguments], cwd=folder, env=environment(folder),
+                          capture_output=True, text=True)
+
+
+def commit(folder: Path) -> None:
+    "Make the folder a git repository, if need be, and commit all that is in it."
+    for command in (["init", "-q", "-b", "main"], ["add", "-A"],
+                    ["-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-q", "-m", "test"]):
+        subprocess.run(["git", *command], cwd=folder, check=True, env=environment(folder))

@@ -1,0 +1,234 @@
+"Promises that every model keeps, and those that only SAGE makes."
+import numpy as np
+import pytest
+import torch
+from sage_nb.baselines import build_model
+from sage_nb.core import DataError
+from sage_nb.interaction import Estimator
+from sage_nb.losses import va_loss
+from sage_nb.windows import collate, made_up_sequences
+
+SIZES = dict(visual_width=16, audio_width=8)
+VISUAL, AUDIO, CUES = 7, 5, 2
+MODELS = sorted(Estimator.registry)
+FUSIONS = [name for name in MODELS if name not in ("visual", "audio")]
+
+
+def model_of(name, seed=0, **options):
+    torch.manual_seed(seed)
+    return build_model(name, VISUAL, AUDIO, CUES, **SIZES, **options).eval()
+
+
+def inputs(frames=50, windows=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ok = [torch.rand(windows, frames, generator=g) > 0.2 for _ in range(2)]
+    mask = torch.ones(windows, frames, dtype=torch.bool)
+    return dict(visual=torch.randn(windows, frames, VISUAL, generator=g), audio=torch.randn(windows, frames, AUDIO, generator=g),
+                visual_ok=ok[0], audio_ok=ok[1], mask=mask, cues=torch.randn(windows, frames, CUES, generator=g))
+
+
+def per_frame(output):
+    return {name: value for name, value in output._asdict().items() if torch.is_tensor(value)}
+
+
+@pytest.mark.parametrize("name,options", [(n, {}) for n in MODELS] + [
+    ("sage", dict(steps=s)) for s in (0, 1, 3)] + [("sage", dict(weighting="shares")), ("sage", dict(causal=True))])
+def test_every_parameter_gets_a_gradient(name, options):
+    "Through the very loss that training uses; a parameter without one would be dead weight in the count."
+    sequences, _ = made_up_sequences(8, 0, (60, 80), VISUAL, AUDIO)
+    batch = collate(sequences, [(i, 0) for i in range(8)], 60)
+    model = model_of(name, **options)
+    model.fit_statistics(sequences)
+    flags = batch.visual_ok.clone()
+    flags[:3, 10:30] = False
+    batch = batch._replace(visual_ok=flags)
+    for parameter in model.parameters():  # away from zero initial values, behind which nothing moves
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else parameter.data.add_(0.01)
+    model.train()
+    for _ in range(3):  # the centre of the evidence follows the data
+        output = model(*batch.inputs)
+    loss = va_loss(output.va, batch.va, batch.valid[..., None]) + sum(model.extra_loss(output, batch.va, batch.valid).values())
+    loss.backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("padding", [1, 37])
+def test_padding_changes_nothing(name, padding):
+    model, given = model_of(name), inputs()
+    longer = {}
+    for key, value in given.items():
+        filler = torch.zeros(3, padding, dtype=torch.bool) if key == "mask" else (
+            torch.ones(3, padding, dtype=torch.bool) if value.dtype == torch.bool else torch.full((3, padding, value.shape[2]), 1e4))
+        longer[key] = torch.cat([value, filler], 1)
+    short, long = per_frame(model(**given)), per_frame(model(**longer))
+    for key in short:
+        torch.testing.assert_close(long[key][:, :50], short[key], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("value", [1e30, float("nan"), float("inf")])
+def test_features_of_a_missing_modality_change_nothing(name, value):
+    model, given = model_of(name), inputs()
+    before = per_frame(model(**given))
+    given["visual"] = torch.where(given["visual_ok"][..., None], given["visual"], value)
+    given["audio"] = torch.where(given["audio_ok"][..., None], given["audio"], value)
+    for key, after in per_frame(model(**given)).items():
+        assert torch.equal(after, before[key])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sequences_of_a_batch_do_not_see_each_other(name):
+    model, given = model_of(name), inputs()
+    alone = per_frame(model(**{key: value[:1] for key, value in given.items()}))
+    for key, together in per_frame(model(**given)).items():
+        torch.testing.assert_close(together[:1], alone[key], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("frames", [1, 2, 61, 977])
+def test_any_length(name, frames):
+    output = model_of(name)(**inputs(frames, 1))
+    assert output.va.shape == (1, frames, 2)
+    assert all(torch.isfinite(value.float()).all() for value in per_frame(output).values()) and output.va.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_causal_models_do_not_see_the_future(name):
+    model, given = model_of(name, causal=True), inputs()
+    later = {key: value.clone() for key, value in given.items()}
+    for key in ("visual", "audio", "cues"):
+        later[key][:, 30:] += 1
+    later["visual_ok"][:, 30:] = ~later["visual_ok"][:, 30:]
+    before, after = per_frame(model(**given)), per_frame(model(**later))
+    for key in before:
+        torch.testing.assert_close(after[key][:, :30], before[key][:, :30], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(after["va"][:, 30:], before["va"][:, 30:])
+
+
+@pytest.mark.parametrize("name,changes", [("visual", (True, False)), ("audio", (False, True))] + [(n, (True, True)) for n in FUSIONS])
+def test_a_model_uses_the_modalities_it_names(name, changes):
+    model, given = model_of(name), inputs()
+    before = model(**given).va
+    for key, changed in zip(("visual", "audio"), changes):
+        assert torch.equal(model(**given | {key: given[key] + 1}).va, before) is not changed
+
+
+def test_defaults_of_the_masks():
+    model, given = model_of("sage"), inputs()
+    everywhere = torch.ones(3, 50, dtype=torch.bool)
+    full = model(given["visual"], given["audio"], everywhere, everywhere, everywhere, given["cues"]).va
+    assert torch.equal(model(given["visual"], given["audio"], cues=given["cues"]).va, full)
+
+
+def test_standardisation_is_of_ok_frames():
+    sequences, _ = made_up_sequences(3, 0, (60, 80), VISUAL, AUDIO)
+    for s in sequences:
+        s.visual_ok = np.arange(len(s)) > 20
+        s.visual[:21] = 1e6  # no face: what stands here is nobody's feature
+    model = model_of("concat")
+    model.fit_statistics(sequences)
+    seen = np.concatenate([s.visual[s.visual_ok] for s in sequences]).astype(np.float64)
+    np.testing.assert_allclose(model.front.scale["visual"].mean, seen.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.front.scale["visual"].std, seen.std(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("key,size", [("visual", VISUAL + 1), ("audio", AUDIO - 1), ("cues", CUES + 2)])
+def test_wrong_sizes_are_named(key, size):
+    with pytest.raises(DataError, match=f"{key}: the model was built for .* got {size}"):
+        model_of("sage")(**inputs() | {key: torch.zeros(3, 50, size)})
+
+
+def test_unknown_names_are_named():
+    with pytest.raises(DataError, match="sega.*audio, concat.*sage"):
+        build_model("sega", VISUAL, AUDIO)
+    with pytest.raises(DataError, match="configuration 'huge'"):
+        build_model("sage", VISUAL, AUDIO, configuration="huge")
+    with pytest.raises(DataError, match="weighting: 'sum'"):
+        build_model("sage", VISUAL, AUDIO, weighting="sum")
+
+
+# what only SAGE promises
+
+
+def set_evidence(model, low=None):
+    "Make the branch say the same of every modality, stage and frame, or less of one modality."
+    torch.nn.init.zeros_(model.branch.log_var.weight)
+    torch.nn.init.constant_(model.branch.log_var.bias, -2.0)
+    if low is not None:
+        model.branch.log_var.bias.data[2 * low : 2 * low + 2] = 0.0
+    said = model(**inputs() | dict(visual_ok=None, audio_ok=None)).readout_log_var[0, 0, 0 if low != 0 else 1, 0]
+    evidence = (model.branch.label_variance / said.exp() - 1).clamp(min=model.branch.floor).log().mean()
+    model.branch.centre.fill_(evidence.item())
+
+
+@pytest.mark.parametrize("weighting", ["gates", "shares"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_equal_confidence_is_plain_concatenation(weighting, steps):
+    model = model_of("sage", weighting=weighting, steps=steps)
+    set_evidence(model)
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    states = []
+    for step in model.interaction:
+        step.register_forward_hook(lambda _, given, out: states.append(out))
+    output = model(**inputs() | dict(visual_ok=None, audio_ok=None))
+    torch.testing.assert_close(output.weights, torch.full_like(output.weights, 1 / (steps + 1)), atol=1e-5, rtol=0)
+    given = inputs()
+    ok = torch.ones(3, 50, 2, dtype=torch.bool)
+    first, _ = model.front(given["visual"], given["audio"], ok, given["mask"], given["cues"])
+    mean = torch.cat([sum(stage[m] for stage in [first, *states]) / (steps + 1) for m in range(2)], -1)
+    torch.testing.assert_close(seen[0][..., : mean.shape[-1]], mean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", ["gates", "shares"])
+@pytest.mark.parametrize("low", [0, 1])
+def test_doubt_takes_weight_away(weighting, low):
+    model = model_of("sage", weighting=weighting)
+    set_evidence(model, low)
+    weights = model(**inputs() | dict(visual_ok=None, audio_ok=None)).weights.sum(-1)
+    assert (weights[..., low] < 0.9).all() and (weights[..., 1 - low] > 1 - 1e-4).all()
+
+
+@pytest.mark.parametrize("weighting", ["gates", "shares"])
+def test_a_missing_modality_weighs_exactly_nothing(weighting):
+    given = inputs()
+    given["audio_ok"][0] = False  # no sound at all
+    given["visual_ok"][1, :10] = given["audio_ok"][1, :10] = False  # nothing at all, for a while
+    output = model_of("sage", weighting=weighting)(**given)
+    ok = torch.stack([given["visual_ok"], given["audio_ok"]], -1)
+    assert (output.weights[~ok] == 0).all() and (output.reliability[~ok] == 0).all() and (output.weights[ok] > 0).all()
+
+
+def test_the_branch_sends_no_gradient_into_the_representation():
+    model, given = model_of("sage"), inputs()
+    model.train()
+    output = model(**given)
+    terms = model.extra_loss(output, torch.rand(3, 50, 2) - 0.5, given["mask"])
+    representation = [*model.front.parameters(), *model.interaction.parameters(), *model.readouts.parameters(), *model.head.parameters()]
+    for name in ("likelihood", "order", "variance"):
+        gradients = torch.autograd.grad(terms[name], representation, retain_graph=True, allow_unused=True)
+        assert all(g is None for g in gradients), name
+    gradients = torch.autograd.grad(terms["readout"], list(model.front.parameters()), retain_graph=True)
+    assert all(g.abs().sum() > 0 for g in gradients)  # while the readouts do train it
+    gradients = torch.autograd.grad(terms["likelihood"] + terms["order"], list(model.branch.parameters()), retain_graph=True)
+    assert all(g.abs().sum() > 0 for g in gradients)
+    fusion = torch.autograd.grad(output.va.sum(), list(model.branch.parameters()), allow_unused=True)
+    assert all(g is None for g in fusion)  # and the task cannot bend the estimate of reliability
+
+
+def test_outputs_keep_their_bounds():
+    output = model_of("sage")(**inputs())
+    assert output.log_var.shape == (3, 50, 2) and output.reliability.shape == output.weights.shape == (3, 50, 2, 3)
+    assert (output.log_var.exp() <= 1.01 - output.va.square() + 1e-6).all()
+    assert (output.reliability >= 0).all() and (output.reliability <= 1).all()
+
+
+def test_unlabelled_frames_train_nothing():
+    model, given = model_of("sage"), inputs()
+    va, valid = torch.rand(3, 50, 2) - 0.5, torch.rand(3, 50) > 0.4
+    output = model(**given)
+    before = model.extra_loss(output, va, valid)
+    after = model.extra_loss(output, torch.where(valid[..., None], va, float("nan")), valid)
+    assert all(torch.equal(before[k], after[k]) for k in before)

@@ -1,0 +1,307 @@
+"""The runner, on a toy project with its own git repository: parameters, resuming, killing, reproducing."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from conftest import ROOT, commit, environment, pipeline
+
+PARAMS = dict(paths=dict(corpus="data/corpus", items="work/items", results="results"),
+              make=dict(count=6, scale=2.0, pause=0.0), report=dict(title="squares"))
+STAGES = """stages:
+  sources:
+    cmd: exec python -m sage_nb.pipeline sources
+    deps: [nbs/20_stage_make.ipynb, nbs/21_stage_report.ipynb]
+    outs: [work/sources]
+  make:
+    cmd: exec python -m sage_nb.pipeline run make
+    deps: [work/sources/20_stage_make.ipynb, sage_nb/core.py, "${paths.corpus}"]
+    params: [make]
+    outs: ["${paths.items}"]
+  report:
+    cmd: exec python -m sage_nb.pipeline run report
+    deps: [work/sources/21_stage_report.ipynb, sage_nb/core.py, "${paths.items}"]
+    params: [report]
+    outs: ["${paths.results}/tables": {cache: false}]
+"""
+MAKE = """from pathlib import Path
+import time
+from sage_nb import core
+base = float(Path(corpus, "base.txt").read_text()) if Path(corpus, "base.txt").read_text().strip() != "word" else None
+if base is None:
+    raise core.DataError(f"{corpus}/base.txt: not a number; write one")
+for i in range(count):
+    path = Path(items) / f"{i}.json"
+    if path.exists():
+        print("kept", i)
+        continue
+    if pause:
+        core.parallel_map(time.sleep, [pause, pause], workers=2)
+    core.write_json(path, base + scale * i)
+    print("made", i)"""
+REPORT = """from pathlib import Path
+from sage_nb import core
+values = [core.read_json(path) for path in sorted(Path(items).glob("[0-9]*.json"))]
+core.write_text(f"{results}/tables/table.csv", "title,total\\n" + f"{title},{sum(values)}\\n")
+core.write_json(f"{results}/tables/arithmetic.json", core.arithmetic())"""
+
+
+def notebook(path: Path, parameters: str, code: str) -> None:
+    cells = [dict(cell_type="raw", id="skip", metadata={}, source="---\nskip_exec: true\n---")]
+    cells += [dict(cell_type="code", id=name, metadata=meta, source=source, outputs=[], execution_count=None)
+              for name, meta, source in (("parameters", {"tags": ["parameters"]}, parameters), ("code", {}, code))]
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    return make_project(tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    "A project after `repro`; for tests that change nothing in it, or copy it."
+    folder = make_project(tmp_path_factory.mktemp("built") / "project")
+    done = pipeline(folder, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "made 5" in done.stdout and "peak memory" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def copied(built, tmp_path) -> Path:
+    return shutil.copytree(built, tmp_path / "copied", symlinks=True)
+
+
+def make_project(folder: Path) -> Path:
+    (folder / "nbs").mkdir(parents=True)
+    for name in (".dvc", "sage_nb"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local"))
+    for name in (".gitignore", ".dvcignore", "Makefile"):
+        shutil.copy(ROOT / name, folder / name)
+    notebook(folder / "nbs/20_stage_make.ipynb", 'corpus = "c"\nitems = "i"\ncount = 1\nscale = 1.0\npause = 0.0', MAKE)
+    notebook(folder / "nbs/21_stage_report.ipynb", 'items = "i"\nresults = "r"\ntitle = "t"', REPORT)
+    (folder / "data/corpus").mkdir(parents=True)
+    (folder / "data/corpus/base.txt").write_text("1")
+    (folder / "dvc.yaml").write_text(STAGES)
+    set_params(folder)
+    commit(folder)
+    return folder
+
+
+def set_params(folder: Path, **sections: dict) -> None:
+    params = {name: {**values, **sections.get(name, {})} for name, values in PARAMS.items()}
+    (folder / "params.yaml").write_text(yaml.safe_dump({**params, **{k: v for k, v in sections.items() if k not in params}}))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for name in ("results", "work", ".work/executed", "dvc.lock")
+            for path in ([folder / name] if (folder / name).is_file() else sorted((folder / name).rglob("*"))) if path.is_file()}
+
+
+def test_second_repro_has_nothing_to_do(built):
+    assert (built / "results/tables/table.csv").read_text() == "title,total\nsquares,36.0\n"
+    again = pipeline(built, "repro")
+    assert again.returncode == 0 and "Nothing to do: every stage is up to date." in again.stdout
+
+
+def test_two_runs_give_identical_bytes(built, project):
+    assert pipeline(project, "repro").returncode == 0
+    assert contents(project) == contents(built)
+    assert ".work/executed/make.ipynb" in contents(built) and "work/items/stage.json" in contents(built)
+
+
+def test_only_what_changed_runs_again(copied):
+    project = copied
+    set_params(project, report=dict(title="cubes"))
+    again = pipeline(project, "repro")
+    assert "Running stage 'report'" in again.stdout and "Running stage 'make'" not in again.stdout
+    path = project / "nbs/20_stage_make.ipynb"
+    saved = json.loads(path.read_text())
+    saved["cells"][1]["outputs"] = [dict(output_type="stream", name="stdout", text="seen")]
+    saved["cells"][1]["execution_count"] = 7
+    path.write_text(json.dumps(saved))
+    again = pipeline(project, "repro")
+    assert "Running stage 'sources'" in again.stdout and "Running stage 'make'" not in again.stdout
+
+
+@pytest.mark.parametrize("sections, sentence", [
+    (dict(make=dict(cuont=3)), "params.yaml: make.cuont is not a parameter of this stage; remove it or use one of: count, scale, pause"),
+    (dict(mkae=dict(count=3)), "params.yaml: no stage is called mkae; rename the section to one of: make, report"),
+    (dict(make=dict(scale="1e-3")), "params.yaml: make.scale is '1e-3', but must be a number, written like 0.001 (for example 1.0); change it"),
+    (dict(paths=dict(corpus="data/none")), "data/none: no such folder; put the data there, or change paths.corpus in params.yaml"),
+    (dict(paths=dict(corpse="data")), "params.yaml: paths.corpse is not used by any stage; remove it or use one of: corpus, items, results"),
+])
+def test_bad_parameters_are_refused_before_anything_runs(project, sections, sentence):
+    set_params(project, **sections)
+    done = pipeline(project, "repro")
+    assert (done.returncode, done.stderr, done.stdout) == (2, sentence + "\n", "")
+    assert not (project / "work").exists()
+
+
+def test_missing_parameter_and_broken_yaml(project):
+    params = {**PARAMS, "make": dict(count=1, pause=0.0)}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    done = pipeline(project, "repro")
+    assert done.returncode == 2 and done.stderr == "params.yaml: make.scale is missing; add it (the notebook's own default is 1.0)\n"
+    (project / "params.yaml").write_text("make: {count: 1\n")
+    done = pipeline(project, "repro")
+    assert done.returncode == 2 and done.stderr.startswith("params.yaml: not valid YAML in line") and done.stderr.count("\n") == 1
+
+
+def test_bad_input_inside_a_stage_is_one_sentence(project):
+    assert pipeline(project, "sources").returncode == 0
+    (project / "data/corpus/base.txt").write_text("word")
+    done = pipeline(project, "run", "make")
+    assert (done.returncode, done.stderr) == (2, "data/corpus/base.txt: not a number; write one\n")
+    assert not (project / "work/items").exists()
+
+
+def test_another_error_shows_its_traceback(project):
+    assert pipeline(project, "sources").returncode == 0
+    (project / "data/corpus/base.txt").write_text("several words")
+    done = pipeline(project, "run", "make")
+    assert done.returncode == 1 and "could not convert string to float" in done.stderr and "papermill" not in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_a_dependency_that_is_not_listed_is_refused(project):
+    path = project / "nbs/20_stage_make.ipynb"
+    path.write_text(path.read_text().replace("import time", "import time\\nfrom sage_nb import pipeline"))
+    assert pipeline(project, "sources").returncode == 0
+    done = pipeline(project, "run", "make")
+    assert done.returncode == 2
+    assert done.stderr == ("dvc.yaml: the deps of stage make are not what its notebook imports; "
+                           "add or remove sage_nb/pipeline.py\n")
+
+
+def test_code_edited_during_a_run_is_noticed(project):
+    set_params(project, make=dict(count=2, pause=1.5))
+    assert pipeline(project, "sources").returncode == 0
+    running = subprocess.Popen([sys.executable, "-m", "sage_nb.pipeline", "run", "make"], cwd=project, env=environment(project),
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list((project / ".work/make").glob("*/items/0.json")))
+    set_params(project, make=dict(count=2, pause=1.4))
+    assert running.communicate()[1] == "stage make: its code, parameters or input changed while it ran; run again\n"
+    assert running.returncode == 2 and not (project / "work/items").exists()
+
+
+def test_without_git(project):
+    shutil.rmtree(project / ".git")
+    done = pipeline(project, "repro")
+    assert done.returncode == 2 and "not a git repository, as a downloaded zip is not" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_sample_is_fetched_whole_and_only_when_there_is_no_data(project):
+    run = {**environment(project), "PWD": str(project)}
+    config = (project / ".dvc/config").read_bytes()
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=project, env=run, check=True)
+    record = yaml.safe_load((project / "data.dvc").read_text())
+    subprocess.run([sys.executable, "-m", "dvc", "push", "-q", "-r", "sample", "data.dvc"], cwd=project, env=run, check=True)
+    record["outs"][0].update(remote="sample", push=False)
+    (project / "data.dvc").write_text(yaml.safe_dump(record))
+    shutil.rmtree(project / "data")
+    shutil.rmtree(project / ".dvc/cache")
+    done = pipeline(project, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project / "data/corpus/base.txt").read_text() == "1" and (project / ".dvc/config").read_bytes() == config
+    assert not (project / ".work/fetch").exists() and "Nothing to do" in pipeline(project, "repro").stdout
+    shutil.rmtree(project / "data/corpus")
+    (project / "data/mine.txt").write_text("keep me")
+    done = pipeline(project, "repro")
+    assert (done.returncode, done.stderr.split(":")[0]) == (2, "data/corpus")
+    assert (project / "data/mine.txt").read_text() == "keep me"
+    (project / "data/mine.txt").unlink()
+    (project / "data").rmdir()
+    (project / "data.dvc").unlink()
+    done = pipeline(project, "repro")
+    assert done.returncode == 2 and done.stderr.startswith("data: no such folder, and no data.dvc")
+
+
+def test_a_changed_parameter_starts_from_nothing(project):
+    set_params(project, make=dict(pause=0.6))
+    kill_at(project, "0.json", lambda family: family[0])
+    set_params(project, make=dict(pause=0.0, scale=3.0))
+    done = pipeline(project, "repro")
+    assert done.returncode == 0 and "kept" not in done.stdout
+
+
+def wait_for(condition, seconds: float = 60.0):
+    "The first true value of a condition."
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def kill_at(project: Path, item: str, choose) -> None:
+    "Start `make repro`, kill one of its processes when an item is there, and see that all the others go too."
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    make = subprocess.Popen(["make", "-s", "-o", "env", "repro", f"VENV={sys.prefix}"], cwd=project,
+                            env=environment(project, SAGE_NB_TEST=mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def family() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SAGE_NB_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return sorted(found, key=lambda process: (process.create_time(), process.pid))
+
+    wait_for(lambda: list((project / ".work/make").glob(f"*/items/{item}")))
+    choose(family()).send_signal(signal.SIGKILL)
+    make.wait(30)
+    wait_for(lambda: not family(), 15)
+
+
+def named(word: str):
+    return lambda family: next(process for process in family if word in " ".join(process.cmdline()))
+
+
+def test_killed_again_and_again_the_run_ends_in_the_same_bytes(project):
+    set_params(project, make=dict(pause=0.4, count=7))
+    victims = [lambda family: family[0], named("sage_nb.pipeline repro"), named("dvc repro"), named("pipeline run make"),
+               named("ipykernel"), named("spawn_main")]  # make, the launcher, dvc, the runner, the kernel, a worker
+    for i, choose in enumerate(victims):
+        kill_at(project, f"{i}.json", choose)
+        assert not (project / "work/items").exists()
+    done = pipeline(project, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"kept {i}\n" in done.stdout for i in range(6)) and "made 6" in done.stdout
+    assert (project / "results/tables/table.csv").read_text() == f"title,total\nsquares,{float(sum(1 + 2 * i for i in range(7)))}\n"
+    assert {path.name for path in (project / "work/items").iterdir()} == {*(f"{i}.json" for i in range(7)), "stage.json"}
+    assert sorted(path.name for path in (project / ".work").iterdir()) == ["executed", "ipython", "log", "site"]
+
+
+def test_verify(copied):
+    project = copied
+    assert pipeline(project, "verify").stderr.startswith("results: nothing of it is in git")
+    commit(project)
+    (project / "results/tables/stray.csv").touch()
+    assert pipeline(project, "verify").stderr.startswith("results/tables/stray.csv: changed since the last commit")
+    (project / "results/tables/stray.csv").unlink()
+    done = pipeline(project, "verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "verified: every file of results/ and dvc.lock has the bytes that are committed" in done.stdout
+    assert "Running stage 'make'" in done.stdout and "kept" not in done.stdout
+    table, record = project / "results/tables/table.csv", project / "results/tables/arithmetic.json"
+    table.write_text(table.read_text().replace("36.0", "36.01"))
+    commit(project)
+    done = pipeline(project, "verify")
+    assert done.returncode == 1 and "NOT verified: rebuilt on the same arithmetic" in done.stdout and "table.csv" in done.stdout
+    subprocess.run(["git", "checkout", "-q", "results", "dvc.lock"], cwd=project, check=True)
+    record.write_text(record.read_text().replace('"torch sum": "', '"torch sum": "0'))
+    commit(project)
+    done = pipeline(project, "verify")
+    assert done.returncode == 0 and "verified: every cell agrees" in done.stdout and "compared cell by cell" in done.stdout
