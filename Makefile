@@ -10,7 +10,7 @@ PIPELINE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m
 
 help:
 	@echo "make repro   raw video in, tables and figures out (makes $(VENV) and fetches the sample first)"
-	@echo "make test    every check: notebooks, package, tests, the pipeline at a small size"
+	@echo "make test    every check (makes $(VENV) and fetches the sample first): notebooks, package, tests, the pipeline at a small size"
 	@echo "make verify  rebuild results/ from nothing and compare with what is committed"
 	@echo "make readme  write README.md from nbs/index.ipynb"
 	@echo "make lab     open the notebooks in JupyterLab"
@@ -26,6 +26,7 @@ readme: env
 	@$(PIPELINE) readme
 
 test: env
+	@$(PIPELINE) fetch
 	nbdev_test --n_workers 2
 	python -m pytest -q
 
@@ -36,13 +37,14 @@ clean:
 	rm -rf work .work .dvc/cache .dvc/tmp build dist sage_nb.egg-info .pytest_cache
 	find nbs sage_nb tests -name __pycache__ -prune -exec rm -rf {} +
 
-# An environment is complete when it holds a copy of the lock, which is put there last.
+# An environment is complete when it holds a copy of the lock, which is put there last. One that was left
+# half-made is made anew: pip takes a package that was cut off while being unpacked for installed.
 env:
 	@cmp -s requirements.lock "$(VENV)/requirements.lock" || { \
 	  if [ -d "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ] && [ -n "$$(ls -A "$(VENV)")" ]; then \
 	    echo "$(VENV): a folder, but not a virtual environment; remove it or name another with VENV=path" >&2; exit 2; \
 	  fi; \
-	  if ! "$(VENV)/bin/python" -m pip --version >/dev/null 2>&1; then \
+	  if [ -e "$(VENV)/half-made" ] || ! "$(VENV)/bin/python" -m pip --version >/dev/null 2>&1; then \
 	    for python in $(PYTHON) python3.11 python3 python3.12 python3.13; do \
 	      "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
 	    done; \
@@ -52,5 +54,5 @@ env:
 	    "$$python" -m venv --clear "$(VENV)"; \
 	  fi && \
 	  echo "setting up $(VENV) from requirements.lock (about 3 minutes and 7 GB)" && \
-	  "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
-	  cp requirements.lock "$(VENV)/requirements.lock"; }
+	  touch "$(VENV)/half-made" && "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
+	  cp requirements.lock "$(VENV)/requirements.lock" && rm "$(VENV)/half-made"; }

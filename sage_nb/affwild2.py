@@ -193,17 +193,23 @@ _TEST_ROW = re.compile(r"(?P<trial>[^/\\.][^/\\]*)/(?P<frame>\d+)\.jpg(?:,|$)")
 def read_test_list(
     path: str | Path,  # the organisers' list: header image_location,valence,arousal
 ) -> list[tuple[str, int]]:  # (trial, frame) by row, frames counted from 1
-    "Which frames a submission must hold, in its order."
+    "Which frames a submission must hold, in its order. A list that is missing, empty or damaged raises `DataError`."
     rows = []
-    with Path(path).open(encoding="utf-8-sig", errors="replace") as lines:
-        next(lines)
-        for number, line in enumerate(map(str.strip, lines), 2):
-            match = _TEST_ROW.match(line)
-            if match is None and line:
-                raise DataError(f"{path}, line {number}: {line[:40]!r} is not a row '<trial>/00001.jpg,0,0'; "
-                                "take the organisers' list again")
-            if match:
-                rows.append((match["trial"], int(match["frame"])))
+    try:
+        header, *lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); put the organisers' list there") from None
+    if [name.strip() for name in header.split(",")] != _TEST_HEADER:
+        raise DataError(f"{path}, line 1: {header[:40]!r} is not the header '{','.join(_TEST_HEADER)}'; take the organisers' list again")
+    for number, line in enumerate(map(str.strip, lines), 2):
+        match = _TEST_ROW.match(line)
+        if match is None and line:
+            raise DataError(f"{path}, line {number}: {line[:40]!r} is not a row '<trial>/00001.jpg,0,0'; "
+                            "take the organisers' list again")
+        if match:
+            rows.append((match["trial"], int(match["frame"])))
+    if not rows:
+        raise DataError(f"{path}: no row follows the header; take the organisers' list again")
     return rows
 
 
@@ -293,6 +299,9 @@ class Corpus:
 
     def _carve(self, groups: set[str], dev: int, calibration: int, seed: int) -> dict[str, str]:
         "Which groups of Train_Set become dev and which calibration."
+        if min(dev, calibration) < 0:
+            raise DataError(f"{self.root}: {dev} groups for dev and {calibration} for calibration; neither can be negative, "
+                            "so raise dev_groups or calibration_groups")
         if dev + calibration and dev + calibration >= len(groups):
             raise DataError(f"{self.root}: {dev} groups for dev and {calibration} for calibration leave none of Train_Set's "
                             f"{len(groups)} for training; lower dev_groups or calibration_groups")
@@ -351,10 +360,12 @@ class Corpus:
 # %% ../nbs/02_affwild2.ipynb #a610d160
 def write_submission(
     path: str | Path,  # the file to write
-    test_list: str | Path,  # the organisers' list
+    test_list: str | Path | None,  # the organisers' list; None, as of a corpus without one, raises `DataError`
     predictions: Mapping[str, np.ndarray],  # trial -> va [T, 2], row 0 = frame 1
 ) -> None:
     "Write predictions for the test set in the order of the organisers' list, cut to [-1, 1] with four decimals."
+    if test_list is None:
+        raise DataError(f"{path}: there is no list of what to submit; put the organisers' list, a .txt file, into the corpus' folder")
     rows = read_test_list(test_list)
     for trial in dict.fromkeys(trial for trial, _ in rows):
         va = np.asarray(predictions.get(trial, ()))

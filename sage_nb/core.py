@@ -103,16 +103,31 @@ def read_arrays(
         raise DataError(f"{path}: not a readable safetensors file ({error}); delete it and make it again") from None
 
 # %% ../nbs/00_core.ipynb #b2234dc9
+def _files(
+    folder: Path,
+) -> list[Path]:
+    "All files below a folder, sorted; links are followed, but not back to where one has been."
+    found, seen = [], set()
+    for here, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner.sort()
+        found += [path for path in (Path(here, name) for name in names) if path.is_file()]
+    return sorted(found)
+
+
 def content_hash(
     *paths: str | Path,  # files or folders
 ) -> str:  # 16 hex digits
     "SHA-256 over names and bytes of the files, order of the arguments kept."
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        for file in files:
+        for file in [path] if path.is_file() else _files(path):
             digest.update(str(file.relative_to(path.parent)).encode() + b"\0")
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

@@ -19,10 +19,13 @@ def augment(
     batch: Batch,
     rng: np.random.Generator,
     probability: float = 0.5,  # share of windows that are touched
+    cue_owners: str = "",  # as of the front end
     stretch: tuple[int, int] = (15, 120),  # shortest and longest, in frames
 ) -> Batch:
     "Corrupt one modality in a share of the windows; labels, masks and the other modality stay as they are."
     features = [batch.visual.clone(), batch.audio.clone()]
+    cues = None if batch.cues is None else batch.cues.clone()
+    owned = [[i for i, owner in enumerate(cue_owners) if owner == letter] for letter in "va"]
     flags = [batch.visual_ok.clone(), batch.audio_ok.clone()]
     windows, frames = batch.mask.shape
     scale = [torch.nan_to_num(x[ok]).std(0) if ok.sum() > 1 else torch.ones(x.shape[-1]) for x, ok in zip(features, flags)]
@@ -47,4 +50,6 @@ def augment(
                 source, source_ok = (batch.visual, batch.visual_ok) if m == 0 else (batch.audio, batch.audio_ok)
                 there = source_ok[other, part, None] & source_ok[b, part, None]
                 features[m][b, part] = torch.where(there, source[other, part], features[m][b, part])
-    return batch._replace(visual=features[0], audio=features[1], visual_ok=flags[0], audio_ok=flags[1])
+                if owned[m]:
+                    cues[b, part, owned[m]] = torch.where(there, batch.cues[other, part][:, owned[m]], cues[b, part][:, owned[m]])
+    return batch._replace(visual=features[0], audio=features[1], visual_ok=flags[0], audio_ok=flags[1], cues=cues)

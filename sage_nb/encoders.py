@@ -160,7 +160,7 @@ def train_audio_encoder(
             t = trials[i]
             at = int(rng.integers(0, len(t["sound"]) - length))
             times = t["sound_start"] + at / AUDIO_RATE + inner
-            frame = np.searchsorted(t["time"], times).clip(0, len(t["time"]) - 1)
+            frame = np.searchsorted((t["time"][1:] + t["time"][:-1]) / 2, times)  # the nearest one
             sounds.append(t["sound"][at : at + length] * 10 ** (rng.uniform(-2, 2) / 20))
             targets.append(t["va"][frame])
             heard.append(t["valid"][frame] & (sound_level(t["sound"], t["sound_start"], times) > HEARD))

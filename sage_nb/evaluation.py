@@ -14,9 +14,9 @@ from .metrics import bootstrap_by_group, va_scores
 
 # %% auto #0
 __all__ = ['AXES', 'MODALITIES', 'TRUTH', 'LABELS', 'REFERENCES', 'ORDER', 'write_table', 'read_table', 'frame_table',
-           'read_truth', 'stage_records', 'cell', 'write_provenance', 'evaluate_runs', 'Evidence', 'read_evidence',
-           'describe', 'simulate_evidence', 'frame_scores', 'run_scores', 'reference_predictions', 'model_keys',
-           'comparison', 'auroc', 'reliability_frames', 'reliability_auroc', 'reliability_by']
+           'read_truth', 'stage_records', 'cell', 'write_provenance', 'corpus_name', 'evaluate_runs', 'Evidence',
+           'read_evidence', 'describe', 'simulate_evidence', 'frame_scores', 'run_scores', 'reference_predictions',
+           'model_keys', 'comparison', 'auroc', 'reliability_frames', 'reliability_auroc', 'reliability_by']
 
 # %% ../nbs/15_evaluation.ipynb #c1ae4c09
 AXES = ("valence", "arousal")
@@ -80,15 +80,17 @@ TRUTH = ["frame", "phase", "visual_nuisance", "audio_nuisance"]
 
 
 def read_truth(
-    folder: str | Path | None,  # holds `<trial>.csv`; None = there is no such record
+    folder: str | Path | None,  # holds `<trial>.csv`; None, or a folder without any = there is no such record
     trials: Iterable[str],  # the trials wanted
 ) -> pd.DataFrame:  # trial, frame, phase, visual_nuisance, audio_nuisance ("" = none)
-    "Phases and nuisances by frame, for evaluation only. A missing or malformed file raises `DataError`."
+    "Phases and nuisances by frame, never for a model that is reported. A missing folder and a missing or malformed file raise `DataError`."
+    if folder is not None and not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder; name the folder of side files, or an empty one for a corpus that has none")
     parts = []
-    for trial in sorted(trials) if folder is not None else []:
+    for trial in sorted(trials) if folder is not None and any(Path(folder).glob("*.csv")) else []:
         path = Path(folder) / f"{trial}.csv"
         if not path.is_file():
-            raise DataError(f"{path}: no such file; make the sample corpus again, or evaluate without a truth folder")
+            raise DataError(f"{path}: no such file, but other trials have one; make the sample corpus again, or empty the folder")
         part = pd.read_csv(path, dtype=str, keep_default_na=False)
         if list(part.columns) != TRUTH:
             raise DataError(f"{path}: its columns are {', '.join(part.columns)}; they must be {', '.join(TRUTH)}")
@@ -124,24 +126,37 @@ def cell(
 def write_provenance(
     path: str | Path,  # the table or figure, without its extension
     caption: str,  # what it shows, with set, convention and method
-    evidence: Evidence,
+    records: dict[str, dict],  # run -> its record, as in `Evidence.records`
     cells: dict[str, dict[str, dict]],  # row -> column -> `cell`
     provenance: dict | None,  # as in `stage_records`
 ) -> None:
     "Write `<path>.provenance.json`."
     used = {run for row in cells.values() for entry in row.values() for run in entry["runs"]}
     write_json(f"{path}.provenance.json", dict(caption=caption, cells=cells, stages=stage_records(provenance),
-                                               runs={run: evidence.records[run] for run in sorted(used)}))
+                                               runs={run: records[run] for run in sorted(used)}))
 
 # %% ../nbs/15_evaluation.ipynb #99e8307e
+def corpus_name(
+    corpus: str | Path,  # the corpus's folder
+) -> str:
+    "The name of a corpus for captions: the sample corpus with its version, or the folder's name."
+    about = Path(corpus).resolve().parent / "sample.json"
+    return f"sample corpus {read_json(about)['version']}" if about.is_file() else Path(corpus).resolve().name
+
+
+def _selection(records: dict[str, dict]) -> str:
+    parts = {record.get("selection", "nothing known") for record in records.values()}
+    if len(parts) > 1 or "nothing known" in parts:
+        raise DataError(f"{', '.join(records)}: selected on {' and '.join(sorted(parts))}; train all runs again, with one selection")
+    return parts.pop()
+
+
 def _predict_run(task: tuple[Path, Path, str, Path]) -> None:
     import torch
     from sage_nb.features import load_sequences
     from sage_nb.training import load_run, predict_sequences
 
     run, store, split, path = task
-    if path.exists():
-        return
     torch.set_num_threads(1)
     sequences = load_sequences(store, split)
     times = {sequence.id: read_arrays(store / f"{sequence.id}.safetensors", ["time"])[0]["time"] for sequence in sequences}
@@ -151,31 +166,33 @@ def _predict_run(task: tuple[Path, Path, str, Path]) -> None:
 def evaluate_runs(
     runs: str | Path,  # one folder per run, as `training.fit` leaves it
     store: str | Path,  # the feature store
-    truth: str | Path | None,  # folder of the side file; None or "" = there is none
-    out: str | Path,  # the evidence folder; predictions already there are kept
-    corpus: str,  # the corpus's name and version, for captions
+    truth: str | Path | None,  # as in `read_truth`
+    out: str | Path,  # the evidence folder
+    corpus: str | Path,  # the corpus's folder, for its name
     split: str = "validation",  # what is predicted and reported
-    selection: str = "dev",  # what stopped the training early and selected the epoch, for captions
     workers: int = 0,  # processes; 0 = one a core
 ) -> pd.DataFrame:  # `runs.parquet`
-    "Predict `split` with every run and write the evidence. No run, no trial or a damaged run raises `DataError`."
+    "Predict `split` with every run and write the evidence. No run, a damaged run, and runs selected on different parts raise `DataError`."
     runs, store, out = Path(runs), Path(store), Path(out)
     folders = sorted(path.parent for path in runs.glob("*/run.json"))
     if not folders:
         raise DataError(f"{runs}: no run in it (no */run.json); train first")
+    records = {folder.name: read_json(folder / "run.json") for folder in folders}
+    selection = _selection(records)
     tasks = [(folder, store, split, out / "predictions" / f"{folder.name}.parquet") for folder in folders]
     parallel_map(_predict_run, tasks, workers, "predicting")
-    rows, history, records = [], [], {}
+    rows, history = [], []
     for folder in folders:
-        info = records[folder.name] = read_json(folder / "run.json")
+        info = records[folder.name]
         key = dict(run=folder.name, model=info["name"], configuration=info["configuration"], seed=info["seed"])
         rows.append(key | {name: info[name] for name in ("epochs", "best_epoch", "dev_p", "parameters")})
         history += [key | epoch for epoch in read_json(folder / "history.json")]
     table = pd.DataFrame(rows)
     write_table(out / "runs.parquet", table)
     write_table(out / "history.parquet", pd.DataFrame(history))
-    write_table(out / "truth.parquet", read_truth(truth or None, read_table(tasks[0][3]).trial.unique()))
-    write_json(out / "evidence.json", dict(corpus=corpus, split=split, selection=selection, post_processing="none", runs=records))
+    write_table(out / "truth.parquet", read_truth(truth, read_table(tasks[0][3]).trial.unique()))
+    write_json(out / "evidence.json", dict(corpus=corpus_name(corpus), split=split, selection=selection, post_processing="none",
+                                           runs=records))
     return table
 
 # %% ../nbs/15_evaluation.ipynb #09f02579
@@ -414,17 +431,20 @@ def reliability_auroc(
     evidence: Evidence,
     model: str = "sage",
     configuration: str | None = None,  # as in `Evidence.of`
-) -> pd.DataFrame:  # seed, modality, stage, clean and nuisance (numbers of frames), auroc
-    "How well reliability ranks a modality's clean frames above those under its own nuisances, by seed, modality and stage."
+) -> pd.DataFrame:  # seed, modality, stage, clean and nuisance (numbers of frames), auroc, auroc_own (audio only)
+    """How well reliability ranks a modality's frames free of its own nuisances above those under them (`auroc`), and the subject's own
+    undisturbed voice above all other sound (`auroc_own`, missing for the visual modality); by seed, modality and stage."""
     rows = []
     for run in evidence.of(model, configuration).itertuples():
         frames = reliability_frames(evidence, run.run)
         for (modality, stage), part in frames.groupby(["modality", "stage"], sort=False) if len(frames) else ():
             part = part[part.observed & part.phase.notna()]
             clean = part[f"{modality}_nuisance"] == ""
+            own = clean & (part.phase == "speak")
+            area, area_own = (auroc(part.reliability[good].to_numpy(), part.reliability[~good].to_numpy()) for good in (clean, own))
             rows.append(dict(seed=run.seed, modality=modality, stage=stage, clean=int(clean.sum()), nuisance=int((~clean).sum()),
-                             auroc=auroc(part.reliability[clean].to_numpy(), part.reliability[~clean].to_numpy())))
-    return pd.DataFrame(rows, columns=["seed", "modality", "stage", "clean", "nuisance", "auroc"])
+                             auroc=area, auroc_own=area_own if modality == "audio" else np.nan))
+    return pd.DataFrame(rows, columns=["seed", "modality", "stage", "clean", "nuisance", "auroc", "auroc_own"])
 
 
 def reliability_by(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .core import DataError, Sequence
 
 # %% auto #0
-__all__ = ['MODALITIES', 'TemporalConv', 'TCN', 'Standardise', 'FrontEnd', 'Output', 'Estimator', 'Head', 'decayed_attention',
+__all__ = ['MODALITIES', 'TemporalConv', 'TCN', 'Standardise', 'FrontEnd', 'Output', 'Estimator', 'Head', 'leaky_sum',
            'InteractionStep']
 
 # %% ../nbs/05_interaction.ipynb #b35d138a
@@ -115,14 +115,20 @@ class FrontEnd(nn.Module):
         dropout: float = 0.1,
         causal: bool = False,  # look at the past only
         modalities: tuple[str, ...] = MODALITIES,  # which of them to represent
+        cue_owners: str = "",  # a letter a cue: v = visual, a = audio, b = both, - = neither; default: - for all
     ):
         super().__init__()
+        owners = cue_owners or "-" * cue_dim
+        if len(owners) != cue_dim or set(owners) - set("vab-"):
+            raise DataError(f"cue_owners: {cue_owners!r} must have one letter of v, a, b, - for each of the {cue_dim} cues")
         width = dict(visual=visual_width, audio=audio_width)
         dim = dict(visual=visual_dim, audio=audio_dim)
         self.modalities, self.dim, self.cue_dim = modalities, dim, cue_dim
         self.widths = tuple(width[m] for m in modalities)
         self.scale = nn.ModuleDict({m: Standardise(dim[m]) for m in modalities} | {"cues": Standardise(cue_dim)})
-        self.project = nn.ModuleDict({m: nn.Linear(dim[m] + cue_dim + 2, width[m]) for m in modalities})
+        self.cue_owners, alone = owners, len(modalities) == 1
+        self.cues_of = {m: [i for i, owner in enumerate(owners) if owner in (f"{m[0]}-" if alone else f"{m[0]}b-")] for m in modalities}
+        self.project = nn.ModuleDict({m: nn.Linear(dim[m] + len(self.cues_of[m]) + len(modalities), width[m]) for m in modalities})
         self.tcn = nn.ModuleDict({m: TCN(width[m], kernel, dropout=dropout, causal=causal) for m in modalities})
 
     def fit_statistics(
@@ -142,7 +148,7 @@ class FrontEnd(nn.Module):
         ok: Tensor,  # [B, T, 2] bool, visual and audio
         mask: Tensor,  # [B, T] bool, real frames
         cues: Tensor | None = None,  # [B, T, C]
-    ) -> tuple[list[Tensor], Tensor]:  # states [B, T, C_m] of the modalities, and the standardised cues
+    ) -> tuple[list[Tensor], Tensor]:  # states [B, T, C_m] of the modalities, and the standardised cues, 0 where their owner is missing
         "Represent each modality. Sizes other than those the model was built for raise `DataError`."
         given = dict(visual=visual.shape[-1], audio=audio.shape[-1], cues=0 if cues is None else cues.shape[-1])
         for name, size in (self.dim | dict(cues=self.cue_dim)).items():
@@ -150,11 +156,14 @@ class FrontEnd(nn.Module):
                 raise DataError(f"{name}: the model was built for {size} values a frame and got {given[name]}; "
                                 f"build it with {name.removesuffix('s')}_dim={given[name]}")
         cues = visual.new_zeros(*mask.shape, 0) if cues is None else self.scale["cues"](cues)
-        flags, states = ok.to(visual.dtype), []
+        seen = {"v": ok[..., 0], "a": ok[..., 1], "b": ok.all(-1), "-": mask}
+        if self.cue_dim:
+            cues = torch.where(torch.stack([seen[owner] for owner in self.cue_owners], -1), cues, 0.0)
+        flags, states = ok[..., [MODALITIES.index(m) for m in self.modalities]].to(visual.dtype), []
         for m in self.modalities:
             x, there = (visual, ok[..., 0]) if m == "visual" else (audio, ok[..., 1])
             x = torch.where(there[..., None], self.scale[m](x), 0.0)
-            states.append(self.tcn[m](self.project[m](torch.cat([x, cues, flags], -1)), mask))
+            states.append(self.tcn[m](self.project[m](torch.cat([x, cues[..., self.cues_of[m]], flags], -1)), mask))
         return states, cues
 
 # %% ../nbs/05_interaction.ipynb #7ab66bfe
@@ -169,6 +178,7 @@ class Estimator(nn.Module):
     registry: dict[str, type] = {}  # name -> class
     configuration = "equal"  # as `build_model` was asked for
     calibrates = False  # whether training ends in a part of its own, after `calibrate` and `finish`
+    stages = 1  # states of each modality; `calibrate` is called so often, for a stage depends on those before it
 
     def __init_subclass__(cls, name: str, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -211,62 +221,86 @@ class Estimator(nn.Module):
         "Further terms of the training loss by name, from the output, labels [B,T,2] and their mask [B,T]; none by default."
         return {}
 
+    def refined(self) -> tuple[list[nn.Parameter], tuple[str, ...]]:
+        "Parameters that are refined on calibration subjects before `calibrate`, and the terms of `extra_loss` that do it; none by default."
+        return [], ()
+
     def calibrate(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
         "Fit what is to be measured on calibration subjects, late in training; nothing by default."
+
+    def calibrate_output(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
+        "Fit the variance of the estimate itself on calibration subjects, when training is over; nothing by default."
 
     def finish(self) -> None:
         "Called when the last part of training begins, after `calibrate`; nothing changes by default."
 
 
-class Head(nn.Sequential):
-    "The head that every model shares: fused features -> hidden layer -> valence and arousal by tanh."
+class Head(nn.Module):
+    "The head that every model shares: fused features [B,T,F] -> hidden layer -> valence and arousal [B,T,2] by tanh."
 
     def __init__(self, fused: int, hidden: int = 128, dropout: float = 0.1):
-        super().__init__(nn.Linear(fused, hidden), nn.GELU(), nn.Dropout1d(dropout), nn.Linear(hidden, 2), nn.Tanh())
+        super().__init__()
+        self.hidden, self.out, self.dropout = nn.Linear(fused, hidden), nn.Linear(hidden, 2), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.hidden(x))
+        keep = F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.dropout, self.training)
+        return torch.tanh(self.out(x * keep))
 
 # %% ../nbs/05_interaction.ipynb #2e24d8d6
-def decayed_attention(
-    query: Tensor,  # [B, T, d]
-    key: Tensor,  # [B, T, d]
-    value: Tensor,  # [B, T, e]
-    weight: Tensor,  # [B, T], how much each frame may add to the memory; 0 for padding
+def leaky_sum(
+    x: Tensor,  # [B, T, C]
     decay: float,  # lambda, per frame
     causal: bool = False,  # sum over the past only
-) -> Tensor:  # [B, T, e]
-    "Average of the values, each weighted by `query . key / sqrt(d)` and by its distance in time."
-    frames = torch.arange(query.shape[1], dtype=query.dtype, device=query.device)
-    distance = frames[:, None] - frames[None]
-    kernel = decay ** distance.abs()
-    if causal:
-        kernel = kernel.tril()
-    score = (query / math.sqrt(query.shape[-1])) @ (key * weight[..., None]).mT
-    return (score * kernel) @ value / (weight @ kernel.mT + 1)[..., None]
+    block: int = 64,  # frames summed at once
+) -> Tensor:  # [B, T, C]
+    "Sum over all frames t' of decay^|t-t'| x_t', exactly, at a cost that is linear in T: by blocks, and between blocks."
+    frames = x.shape[1]
+    blocks = F.pad(x, (0, 0, 0, -frames % block)).unflatten(1, (-1, block))  # [B, N, block, C]
+    place = torch.arange(block, dtype=x.dtype, device=x.device)
+    within = decay ** (place[:, None] - place).abs()
+    total = (within.tril() if causal else within) @ blocks
+    number = torch.arange(blocks.shape[1], dtype=x.dtype, device=x.device)
+    gap = number[:, None] - number - 1  # whole blocks in between
+    earlier = torch.where(gap >= 0, decay ** (block * gap.clamp(min=0)), 0.0)
+    left = earlier @ (decay ** (block - 1 - place) @ blocks)  # what all earlier blocks leave at the end of the last of them
+    total = total + decay ** (place[:, None] + 1) * left[:, :, None]
+    if not causal:
+        right = earlier.mT @ (decay**place @ blocks)
+        total = total + decay ** (block - place[:, None]) * right[:, :, None]
+    return total.flatten(1, 2)[:, :frames]
 
 
 class InteractionStep(nn.Module):
-    "One step of joint cross-attention: each modality sends the other a message, scaled by the sender's reliability."
+    "One step: each state learns what its partner says now and what both said lately, as far as they are trusted."
 
     def __init__(
         self,
         widths: tuple[int, int],  # channels of the visual and the audio state
-        dim: int = 16,  # d, channels of query, key and joint state
-        decay: float = 0.98,  # lambda per frame; 0.98 halves the memory in about a second
+        dim: int = 16,  # channels of each modality in the memory
+        decays: tuple[float, ...] = (0.9, 0.97, 0.99),  # lambda per frame
+        gamma: float = 0.5,  # size of the step at first
         causal: bool = False,  # look at the past only
     ):
         super().__init__()
-        self.decay, self.causal = decay, causal
-        self.joint = nn.Linear(sum(widths), dim)
-        self.query_key = nn.ModuleList(nn.Linear(width, 2 * dim) for width in widths)
-        self.attended = nn.ModuleList(nn.Linear(dim, width) for width in reversed(widths))
+        self.widths, self.dim, self.decays, self.causal = widths, dim, decays, causal
+        self.value = nn.ModuleList(nn.Linear(width, dim) for width in widths)
+        self.recall = nn.Linear(len(decays) * (2 * dim + 2), sum(widths))
         self.present = nn.ModuleList(nn.Linear(sender, receiver) for sender, receiver in zip(widths, reversed(widths)))
-        self.gamma = nn.Parameter(torch.tensor(0.1))
+        self.gamma = nn.Parameter(torch.tensor(gamma))
 
-    def forward(self, states: list[Tensor], trust: Tensor) -> list[Tensor]:
-        "States of both modalities [B,T,C_m] and how far each may be trusted as a sender [B,T,2] (0 where missing) -> their next states."
-        joint = self.joint(torch.cat(states, -1))
-        messages = []
-        for n, x in enumerate(states):
-            query, key = self.query_key[n](x).chunk(2, -1)
-            attended = decayed_attention(query, key, joint, trust[..., n], self.decay, self.causal)
-            messages.append(trust[..., n, None] * (self.attended[n](torch.tanh(attended)) + self.present[n](x)))
-        return [x + self.gamma * message for x, message in zip(states, reversed(messages))]
+    def forward(
+        self,
+        states: list[Tensor],  # [B, T, C_m] of both modalities
+        trust: Tensor,  # [B, T, M], how far each may be trusted; 0 where missing
+    ) -> list[Tensor]:
+        "The next states."
+        said = [trust[..., n, None] * value(x) for n, (value, x) in enumerate(zip(self.value, states))]
+        entering = torch.cat([*said, trust], -1)
+        memory = []
+        for decay in self.decays:
+            *sums, amounts = leaky_sum(entering, decay, self.causal).split([self.dim, self.dim, 2], -1)
+            memory += [sums[0] / (amounts[..., :1] + 0.5), sums[1] / (amounts[..., 1:] + 0.5), torch.log1p(amounts)]
+        recalled = torch.tanh(self.recall(torch.cat(memory, -1))).split(self.widths, -1)
+        present = [trust[..., n, None] * say(x) for n, (say, x) in enumerate(zip(self.present, states))]
+        return [x + self.gamma * (partner + past) for x, partner, past in zip(states, reversed(present), recalled)]

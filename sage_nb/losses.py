@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['masked_ccc', 'va_loss', 'beta_nll', 'ordinal']
+__all__ = ['masked_ccc', 'mean_square', 'va_loss', 'beta_nll', 'ordinal']
 
 # %% ../nbs/09_losses.ipynb #f9a35494
 def masked_ccc(
@@ -31,6 +31,15 @@ def masked_ccc(
     return numerator / (denominator + 1e-8)
 
 
+def mean_square(
+    error: Tensor,  # any shape
+    mask: Tensor,  # bool, broadcast against error
+) -> Tensor:  # scalar
+    "Mean of the squared errors that count; what is masked, NaN included, neither counts nor gets a gradient."
+    mask = mask.expand_as(error)
+    return torch.where(mask, error, 0.0).square().sum() / mask.sum().clamp(min=1)
+
+
 def va_loss(
     pred: Tensor,  # [B, T, ..., 2]
     target: Tensor,  # broadcast against pred
@@ -42,8 +51,7 @@ def va_loss(
     target, mask = target.expand_as(pred), mask.expand_as(pred)
     ccc = masked_ccc(pred, target, mask, (1,) if per_window else (0, 1))
     used = mask.any(1) if per_window else mask.any(1).any(0)
-    error = torch.where(mask, pred - target, 0.0).square().sum() / mask.sum().clamp(min=1)
-    return 1 - (ccc * used).sum() / used.sum().clamp(min=1) + squared * error
+    return 1 - (ccc * used).sum() / used.sum().clamp(min=1) + squared * mean_square(pred - target, mask)
 
 # %% ../nbs/09_losses.ipynb #dd26146d
 def beta_nll(

@@ -152,6 +152,8 @@ class FaceFinder:
         detect_every: int = 5,  # pictures from one detection to the next while a face is followed
         side: str | None = None,  # "left" or "right" of two people; None: one person
     ):
+        if detect_every < 1:
+            raise DataError(f"detect_every is {detect_every}, but must be 1 (detect in every picture) or more; change it")
         self.detect_every, self.side = detect_every, side
         self._cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
         self._box = self._template = None  # last known place [x, y, width, height]; the face at its last detection

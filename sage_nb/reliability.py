@@ -4,7 +4,6 @@
 
 # %% ../nbs/06_reliability.ipynb #d5bd9171
 from __future__ import annotations
-import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ class StageAdaptiveReliability(nn.Module):
         self.project = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.Tanh()) for width in widths)
         self.stage = nn.Embedding(stages, hidden)
         self.hidden = nn.Linear(3 * dim + 3 * 2 + cue_dim + 2, hidden)
-        self.context = TemporalConv(hidden, kernel=9, causal=causal)
+        self.context = TemporalConv(hidden, causal=causal)
         self.log_var = nn.Linear(hidden, 4)
         self.dropout = dropout
         # calibration and evidence: numbers that are measured, not learned by gradient
@@ -133,14 +132,15 @@ class Confidence(nn.Module):
     def __init__(
         self,
         stages: int,  # number of states of each modality
-        weighting: str = "gates",  # "gates": each modality on its own; "shares": modalities share a fixed sum
+        weighting: str = "shares",  # "shares": modalities share a fixed sum; "gates": each on its own
     ):
         super().__init__()
         if weighting not in ("gates", "shares"):
             raise DataError(f"weighting: {weighting!r} is not known; use gates or shares")
         self.weighting = weighting
-        self.alpha = nn.Parameter(torch.tensor(0.5))
-        self.beta = nn.Parameter(torch.tensor(1.0))
+        self.alpha = nn.Parameter(torch.tensor(2.0))
+        if weighting == "gates" or stages > 1:
+            self.beta = nn.Parameter(torch.tensor(1.0))
         if stages > 1:
             self.alpha_stage = nn.Parameter(torch.tensor(0.1))
 
@@ -148,7 +148,7 @@ class Confidence(nn.Module):
         self,
         evidence: Tensor,  # [B, T, M], centred
         ok: Tensor,  # [B, T, M] bool
-    ) -> Tensor:  # [B, T, M]: 0 where missing, 1 at the median of clean frames
+    ) -> Tensor:  # [B, T, M]: 0 where missing, 1 where the centred evidence is 0
         "How far a modality may be believed, by its own evidence."
         return ok * torch.sigmoid(self.alpha * evidence + self.beta) / torch.sigmoid(self.beta)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .interaction import Estimator, FrontEnd, Head, InteractionStep
-from .losses import beta_nll, ordinal, va_loss
+from .losses import beta_nll, mean_square, ordinal
 from .reliability import Confidence, Readouts, StageAdaptiveReliability, fit_calibration
 
 # %% auto #0
@@ -20,7 +20,7 @@ class SageOutput(NamedTuple):
     "What SAGE returns. M = 2 modalities (visual, audio); S stages, 0 = before interaction."
     va: Tensor  # [B, T, 2] valence and arousal in [-1, 1]
     log_var: Tensor  # [B, T, 2] log variance of `va`
-    reliability: Tensor  # [B, T, M, S] share of the label's variance that the modality explains alone, 0..1; 0 where missing
+    reliability: Tensor  # [B, T, M, S] share of the label's variance that the modality explains alone (smoothed, floored), 0..1; exactly 0 where missing
     weights: Tensor  # [B, T, M, S] fusion weights, 0 where missing
     readouts: Tensor  # [B, T, M, S, 2] what each modality says alone
     readout_log_var: Tensor  # [B, T, M, S, 2] predicted log variance of its error, before calibration
@@ -38,7 +38,7 @@ class SAGE(Estimator, name="sage"):
         audio_dim: int,  # Da, audio features a frame
         cue_dim: int = 0,  # C, cues of the observation a frame
         steps: int = 2,  # interaction steps, 0 to 3; there is one stage more
-        weighting: str = "gates",  # "gates" or "shares", see reliability
+        weighting: str = "shares",  # "shares" or "gates", see reliability
         smooth: int = 15,  # frames over which evidence is averaged
         causal: bool = False,  # look at the past only
         dropout: float = 0.1,
@@ -55,6 +55,8 @@ class SAGE(Estimator, name="sage"):
         fused = sum(widths) + 2 * self.stages
         self.head = Head(fused, dropout=dropout)
         self.kappa = nn.Sequential(nn.Linear(fused, 32), nn.GELU(), nn.Linear(32, 2))
+        self.register_buffer("slope", torch.ones(2))
+        self.register_buffer("shift", torch.zeros(2))
 
     def fit_statistics(self, sequences):
         "Fit the input standardisation and the label's variance on the training set."
@@ -80,23 +82,29 @@ class SAGE(Estimator, name="sage"):
         fused = [sum(weights[..., m, s, None] * stages[s][m] for s in range(self.stages)) for m in range(2)]
         z = torch.cat([*fused, weights.flatten(-2)], -1)
         va = self.head(z)
-        variance = (1.01 - va.detach().square()) / (1 + F.softplus(self.kappa(z.detach())))
-        return SageOutput(va, variance.log(), torch.sigmoid(evidence) * ok[..., None], weights,
+        bound = (1.01 - va.detach().square()).log()
+        log_var = bound - torch.log1p(F.softplus(self.kappa(z.detach())))
+        log_var = torch.minimum(self.slope * log_var + self.shift, bound)
+        return SageOutput(va, log_var, torch.sigmoid(evidence) * ok[..., None], weights,
                           torch.stack(readouts, -2), torch.stack(log_vars, -2), ok)
 
     def extra_loss(self, output: SageOutput, va: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        "Readouts' concordance, likelihood and order of their predicted errors, likelihood of the final error."
+        "Readouts' squared error, likelihood and order of their predicted errors, likelihood of the final error."
         target = va[:, :, None, None]
         counts = (valid[..., None] & output.ok)[..., None, None]  # [B, T, M, 1, 1]
         error, log_var = (output.readouts - target).detach(), output.readout_log_var
         across = ordinal(error[:, :, 0], log_var[:, :, 0], error[:, :, 1], log_var[:, :, 1], counts.all(2))
         within = ordinal(error, log_var, error.roll(1, 0), log_var.roll(1, 0), counts & counts.roll(1, 0))
         return dict(
-            readout=0.5 * va_loss(output.readouts, target, counts),
+            readout=0.5 * mean_square((output.readouts - target) / self.branch.label_variance.sqrt(), counts),
             likelihood=beta_nll(error, log_var, counts),
             order=0.1 * (across + within),
             variance=beta_nll((output.va - va).detach(), output.log_var, valid[..., None]),
         )
+
+    def refined(self) -> tuple[list[nn.Parameter], tuple[str, ...]]:
+        "The branch: on training subjects it has only seen errors on what the readouts know by heart."
+        return list(self.branch.parameters()), ("likelihood", "order")
 
     def calibrate(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
         "Fit the calibration map and the median evidence on calibration subjects."
@@ -109,8 +117,17 @@ class SAGE(Estimator, name="sage"):
         self.branch.shift.copy_(q)
         self.branch.fit_centre([o.readout_log_var for o in outputs], [o.ok for o in outputs], [v for v in valid])
 
+    def calibrate_output(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
+        "Fit the calibration line of the estimate's own variance."
+        error, log_var = (torch.cat([x.flatten(0, 1) for x in part]) for part in
+                          ([o.va - y for o, y in zip(outputs, va)], [o.log_var for o in outputs]))
+        counts = torch.cat([v.flatten()[:, None] for v in valid]).expand_as(error)
+        p, q = fit_calibration(log_var, error, counts)
+        self.slope.copy_(p)
+        self.shift.copy_(q)
+
     def finish(self) -> None:
-        "Freeze all but fusion and head: they finish on calibrated confidence."
+        "Freeze representation, interaction, readouts and branch; alpha, head and variance finish on calibrated confidence."
         self.finishing = True
         for part in (self.front, self.interaction, self.readouts, self.branch):
             part.requires_grad_(False)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_sample.ipynb #fe20d6d8
 from __future__ import annotations
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 import shutil
@@ -178,6 +178,7 @@ class Person:
     lag: float  # seconds, from affect to label
     slow: np.ndarray  # [K, 2], annotator noise
     passer: Look  # the second face that may pass
+    clear: bool = False  # control corpus: speaking does not blur the face
 
 
 def draw_affect(
@@ -245,7 +246,9 @@ def expression(person: Person, k: int) -> dict[str, float]:
     other_v, other_a = 1.25 * person.other[k]
     syllable = person.syllable[k] if phase == "speak" else 0.0
     mouth_v, mouth_open, eye_v, eye_a = v, 0.22 * max(a, 0), v, a
-    if phase == "speak":  # articulation blurs the mouth, effort the rest
+    if person.clear:
+        mouth_open = max(mouth_open, 0.6 * syllable)
+    elif phase == "speak":  # articulation blurs the mouth, effort the rest
         mouth_v, mouth_open = 0.3 * v + 0.5 * (syllable - 0.3), syllable
         eye_v, eye_a = 0.4 * v, 0.45 * a
     elif phase == "listen":
@@ -370,7 +373,7 @@ def draw_sound(
 
 # %% ../nbs/07_sample.ipynb #1b29af33
 def write_video(
-    path: Path,  # .mp4 (H.264, AAC) or .avi (MPEG-4, MP3)
+    path: Path,  # .mp4 (H.264, AAC) or .avi (MPEG-4, ADPCM)
     frames,  # iterable of [H, W, 3] uint8
     times: np.ndarray,  # [T] seconds, presentation times
     rate: Fraction,  # nominal frames a second
@@ -384,7 +387,7 @@ def write_video(
     tick = 1 / rate if steady else Fraction(1, 1000)
     with av.open(str(path), "w") as file:
         if path.suffix == ".mp4":
-            video = file.add_stream("libx264", rate=rate, options={"crf": "31", "preset": "fast", "threads": "1"})
+            video = file.add_stream("libx264", rate=rate, options={"crf": "31", "preset": "fast", "threads": "1", "x264-params": "asm=sse2"})
         else:
             video = file.add_stream("mpeg4", rate=rate, options={"threads": "1"})
             video.codec_context.flags |= 2  # fixed quantiser
@@ -393,9 +396,9 @@ def write_video(
         video.codec_context.time_base = tick
         audio = None
         if sound is not None:
-            codec, audio_rate = ("aac", RATE) if path.suffix == ".mp4" else ("libmp3lame", RATE)
+            codec, audio_rate = ("aac", RATE) if path.suffix == ".mp4" else ("adpcm_ms", RATE)
             audio = file.add_stream(codec, rate=audio_rate, layout="mono")
-            audio.bit_rate = 26000 if path.suffix == ".mp4" else 24000
+            audio.bit_rate = 26000
         first = True
         for image, time in zip(frames, times):
             if first:
@@ -433,29 +436,31 @@ class Clip:
     rows: list[int] = field(default_factory=lambda: [0])  # annotation rows minus frames, per person
     unlabelled: bool = False  # a stretch of -5 rows
     nuisances: bool = True
+    control: bool = False  # the subject always speaks, with a face as clear as if they did not
 
 
 def plan_corpus(
     seed: int,
     subjects: dict[str, int],  # split -> number of subjects
     nuisances: bool,  # False: the control corpus
+    seconds: tuple[float, float] = (10, 17),  # shortest and longest video
 ) -> list[Clip]:
-    "Plan every video: subjects in one split only, conversations of two within a split, one and a half videos a subject, three in pretraining."
+    "Plan every video: subjects in one split only, conversations of two within a split; single subjects come back once in training, three in five of them in validation, half in test, all of them twice in pretraining."
     clips = []
     for s, split in enumerate(["pretrain", "train", "validation", "test"]):
         rng = np.random.default_rng([seed, s])
         count = subjects[split]
         people = list(range(1000 * s, 1000 * s + count))
-        pairs = 0 if split == "pretrain" or count < 4 else max(1, count // 10)
+        pairs = 0 if split == "pretrain" or not nuisances or count < 4 else max(1, count // 10)
         groups = [people[2 * i : 2 * i + 2] for i in range(pairs)] + [[p] for p in people[2 * pairs :]]
         single = groups[pairs:]
-        again = dict(pretrain=single * 2, train=single, validation=single[::2], test=single[::2])
+        again = dict(pretrain=single * 2, train=single, validation=[p for i, p in enumerate(single) if i % 5 < 3], test=single[::2])
         videos = groups + again[split]
         for i, group in enumerate(videos):
             rows = [int(rng.choice([0, 0, 0, 1, 2, -1])) for _ in group]
             clips.append(Clip(
-                f"{split[:3]}{i + 1:03d}", split, [seed, s, i], group, float(rng.uniform(10, 17)), _RATES[int(rng.choice(4, p=[0.5, 0.15, 0.2, 0.15]))],
-                suffix=".avi" if rng.random() < 0.12 else ".mp4", rows=rows, unlabelled=bool(rng.random() < 0.25), nuisances=nuisances and split != "pretrain",
+                f"{split[:3]}{i + 1:03d}", split, [seed, s, i], group, float(rng.uniform(*seconds)), _RATES[int(rng.choice(4, p=[0.5, 0.15, 0.2, 0.15]))],
+                suffix=".avi" if rng.random() < 0.1 else ".mp4", rows=rows, unlabelled=bool(rng.random() < 0.25), nuisances=nuisances and split != "pretrain", control=not nuisances and split != "pretrain",
             ))
         single = [c for c in clips if c.split == split and len(c.subjects) == 1]
         if split in ("train", "validation") and len(single) >= 6:
@@ -478,10 +483,12 @@ def render_clip(
     rng = np.random.default_rng(clip.seed)
     count = int((clip.seconds + 1.5) / STEP)
     names = ["speak", "react"] if clip.split == "pretrain" else PHASES
-    phase = draw_phases(rng, count, names)
+    phase = np.full(count, "speak", object) if clip.control else draw_phases(rng, count, names)
     mirror = np.where(phase == "speak", "listen", np.where(phase == "listen", "speak", "react"))
     people = [draw_person(rng, draw_look(np.random.default_rng([clip.seed[0], subject])), count, (phase, mirror)[i].astype(object), clip.nuisances)
               for i, subject in enumerate(clip.subjects)]
+    for person in people:
+        person.clear = clip.control
     if len(people) == 2:  # whose affect depends on each other
         noise = people[1].shown - people[1].affect
         mine, theirs = (np.arctanh(p.affect.clip(-0.99, 0.99)) for p in reversed(people))
@@ -531,16 +538,23 @@ def make_sample(
     seed: int = 0,
     subjects: dict[str, int] | None = None,  # split -> number of subjects; default: `SUBJECTS`
     nuisances: bool = True,  # False: the control corpus, in which both modalities always inform
+    seconds: tuple[float, float] = (10, 17),  # shortest and longest video
     workers: int = 0,  # processes; 0 = one a core
 ) -> None:
-    "Render a whole corpus. Refuses (`DataError`) to write into a folder that exists."
+    "Render a whole corpus. Refuses (`DataError`) to write into a folder that exists, and what cannot be rendered."
     out = Path(out)
     if out.exists():
         raise DataError(f"{out}: exists already; give a new folder, or remove this one first")
     subjects = {**SUBJECTS, **(subjects or {})}
     if unknown := set(subjects) - set(SUBJECTS):
         raise DataError(f"subjects: unknown split {sorted(unknown)[0]!r}; use {', '.join(SUBJECTS)}")
-    clips = plan_corpus(seed, subjects, nuisances)
+    if empty := [split for split, count in subjects.items() if count < 1]:
+        raise DataError(f"subjects: {subjects[empty[0]]} for {empty[0]}, but every split needs somebody; give it 1 or more")
+    if seed < 0:
+        raise DataError(f"seed: {seed} is negative; give 0 or more")
+    if not 3 <= seconds[0] <= seconds[1] < float("inf"):
+        raise DataError(f"seconds: from {seconds[0]:g} to {seconds[1]:g}; give the shortest first, and at least 3")
+    clips = plan_corpus(seed, subjects, nuisances, seconds)
     with whole(out) as root:
         root.mkdir()
         done = parallel_map(render_clip, [(clip, root) for clip in clips], workers, "rendering")

@@ -27,8 +27,8 @@ __all__ = ['Settings', 'learning_rate', 'predict_sequences', 'score', 'model_arr
 @dataclass(frozen=True)
 class Settings:
     "How a model is trained."
-    epochs: int = 40
-    patience: int = 15  # epochs without a better dev score after which training stops
+    epochs: int = 20
+    patience: int = 10  # epochs without a better dev score after which training stops
     batch: int = 8  # windows in a batch, from as many trials
     window: int = 300  # frames of a window
     learning_rate: float = 0.002  # reached at the end of the warm-up
@@ -38,6 +38,8 @@ class Settings:
     squared: float = 0.1  # weight of the squared error beside the CCC
     per_window: bool = False  # CCC of each window on its own, as in the lineage
     augment: float = 0.5  # share of windows that are corrupted
+    refine_steps: int = 100  # on calibration subjects, before calibration
+    refine_rate: float = 0.001
     finish_at: float = 0.7  # share of the epochs after which a model that calibrates does so and finishes
 
 # %% ../nbs/14_training.ipynb #b1fb2ed3
@@ -140,12 +142,37 @@ def _deterministic():
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
-def _calibrate(model: Estimator, sequences: list[Sequence], settings: Settings, device: torch.device) -> None:
+@torch.no_grad()
+def _outputs(model: Estimator, sequences: list[Sequence], settings: Settings, device: torch.device) -> tuple[list, list, list]:
+    "Outputs, labels and their masks, by batches."
     model.eval()
     windows = [(i, start) for i, s in enumerate(sequences) for start in window_starts(len(s), settings.window, settings.window)]
-    with torch.no_grad():
-        batches = [collate(sequences, windows[k : k + 8], settings.window).to(device) for k in range(0, len(windows), 8)]
-        model.calibrate([model(*b.inputs) for b in batches], [b.va for b in batches], [b.valid for b in batches])
+    batches = [collate(sequences, windows[k : k + 8], settings.window).to(device) for k in range(0, len(windows), 8)]
+    return [model(*b.inputs) for b in batches], [b.va for b in batches], [b.valid for b in batches]
+
+
+def _refine(model: Estimator, sequences: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
+    "A few steps on calibration sequences for what the model wants refined; nothing else moves."
+    parameters, terms = model.refined()
+    optimiser = torch.optim.AdamW(parameters, settings.refine_rate, weight_decay=settings.weight_decay)
+    rng = np.random.default_rng([seed, settings.epochs])
+    torch.manual_seed(int(rng.integers(2**31)))
+    model.train()
+    step = 0
+    while step < settings.refine_steps:
+        for batch in training_batches(sequences, settings.window, settings.batch, rng):
+            batch = augment(batch, rng, settings.augment, model.front.cue_owners).to(device)
+            extra = model.extra_loss(model(*batch.inputs), batch.va, batch.valid)
+            optimiser.zero_grad()
+            sum(extra[term] for term in terms).backward(inputs=parameters)
+            optimiser.step()
+            step += 1
+
+
+def _calibrate(model: Estimator, sequences: list[Sequence], settings: Settings, device: torch.device) -> None:
+    "Once a stage: what is fitted at a stage changes the trust in senders, and so the stages after it."
+    for _ in range(model.stages):
+        model.calibrate(*_outputs(model, sequences, settings, device))
 
 
 def _split_off(val: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
@@ -184,11 +211,15 @@ def fit(
         return read_json(run_dir / "history.json")
     with _deterministic():
         history, best = _train(model, train, val, calibration, run_dir, seed, settings, fingerprint)
-    load_arrays(model, best)
-    model.eval()
+        if not best:
+            raise DataError("fit: training diverged, no epoch has a score; lower learning_rate, or look for extreme values in the features")
+        load_arrays(model, best)
+        model.eval()
+        if model.calibrates:
+            model.calibrate_output(*_outputs(model, calibration, settings, next(model.parameters()).device))
     if run_dir:
         chosen = max((h for h in history if h["eligible"]), key=lambda h: h["dev_p"])
-        write_arrays(run_dir / "model.safetensors", best)
+        write_arrays(run_dir / "model.safetensors", model_arrays(model))
         write_json(run_dir / "history.json", history)
         write_json(run_dir / "run.json", dict(
             name=model.name, configuration=model.configuration, recipe=model.recipe, settings=asdict(settings), seed=seed, fingerprint=fingerprint, epochs=len(history),
@@ -219,6 +250,7 @@ def _train(model, train, val, calibration, run_dir, seed, settings, fingerprint)
         if eligible and epoch - max(eligible, key=lambda h: h["dev_p"])["epoch"] > settings.patience:
             break
         if epoch == finish and model.calibrates:
+            _refine(model, calibration, settings, seed, device)
             _calibrate(model, calibration, settings, device)
             model.finish()
         record = _epoch(model, train, optimiser, epoch, seed, settings, device)
@@ -244,7 +276,7 @@ def _epoch(model, train, optimiser, epoch, seed, settings, device) -> dict:
         rate = learning_rate(epoch * len(batches) + step, settings.epochs * len(batches), settings)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        batch = augment(batch, rng, settings.augment).to(device)
+        batch = augment(batch, rng, settings.augment, model.front.cue_owners).to(device)
         output = model(*batch.inputs)
         terms = dict(va=va_loss(output.va, batch.va, batch.valid[..., None], settings.squared, settings.per_window))
         terms |= model.extra_loss(output, batch.va, batch.valid)
@@ -263,21 +295,23 @@ def load_run(
 ) -> Estimator:
     "The trained model of a run, in evaluation mode."
     run = read_json(Path(run_dir) / "run.json")
-    model = build_model(**run["recipe"])
+    model = build_model(**run["recipe"], configuration=run["configuration"])
     load_arrays(model, read_arrays(Path(run_dir) / "model.safetensors")[0])
     return model.eval()
 
 # %% ../nbs/14_training.ipynb #e7ea37aa
-def _run(task: tuple[Path, Path, str, str, int, dict]) -> None:
+def _run(task: tuple[Path, Path, str, str, int, str, str, dict]) -> None:
     from sage_nb.features import load_sequences
 
-    store, folder, name, configuration, seed, settings = task
+    store, folder, name, configuration, seed, selection, cue_owners, settings = task
     torch.set_num_threads(1)
-    train, dev, calibration = (load_sequences(store, split) for split in ("train", "dev", "calibration"))
+    train, val, calibration = (load_sequences(store, split) for split in ("train", selection, "calibration"))
     torch.manual_seed(seed)  # initial weights
     first = train[0]
-    model = build_model(name, first.visual.shape[1], first.audio.shape[1], 0 if first.cues is None else first.cues.shape[1], configuration)
-    fit(model, train, dev, calibration, folder, seed, **settings)
+    cue_dim = 0 if first.cues is None else first.cues.shape[1]
+    model = build_model(name, first.visual.shape[1], first.audio.shape[1], cue_dim, configuration, cue_owners=cue_owners)
+    fit(model, train, val, calibration, folder, seed, **settings)
+    write_json(folder / "run.json", read_json(folder / "run.json") | dict(selection=selection))
 
 
 def train_runs(
@@ -286,13 +320,15 @@ def train_runs(
     models: list[str],  # names that `build_model` knows
     seeds: list[int],
     configuration: str = "equal",
+    selection: str = "dev",  # the split that stops early and selects; "validation", as the lineage does it, flatters what is reported
+    cue_owners: str = "",  # what each cue is about, see `FrontEnd`
     workers: int = 0,  # processes; 0 = one a core
     **settings,  # see `Settings`
 ) -> list[Path]:  # the runs' folders, by model and seed
-    "Train every model with every seed on the store's train part, stopped by dev, calibrated on calibration. Runs that are complete are kept."
+    "Train every model with every seed on the store's train part, stopped by the selection split, calibrated on calibration. Runs that are complete are kept."
     suffix = "" if configuration == "equal" else f"-{configuration}"
     folders = {(name, seed): Path(runs) / f"{name}{suffix}-{seed}" for name in models for seed in seeds}
-    tasks = [(Path(store), folder, name, configuration, seed, settings) for (name, seed), folder in folders.items()]
+    tasks = [(Path(store), folder, name, configuration, seed, selection, cue_owners, settings) for (name, seed), folder in folders.items()]
     tasks.sort(key=lambda task: task[2] != "sage")
     parallel_map(_run, tasks, workers, "training")
     return list(folders.values())

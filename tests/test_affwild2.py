@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from clips import annotate, beeps, draw_face, talking, wall, write_video
 
-from sage_nb.affwild2 import Corpus, Trial, read_annotation, reconcile, video_info, write_submission
+from sage_nb.affwild2 import Corpus, Trial, read_annotation, read_test_list, reconcile, video_info, write_submission
 from sage_nb.core import DataError
 from sage_nb.media import read_trial
 
@@ -135,8 +135,9 @@ def test_carving_is_by_group_and_by_seed(tmp_path, clip):
         splits[seed] = [trial.split for trial in corpus.trials()]
         assert splits[seed] == [trial.split for trial in Corpus(root, 4, 5, seed).trials()]
     assert len({tuple(split) for split in splits.values()}) == 4
-    with pytest.raises(DataError, match="lower dev_groups or calibration_groups"):
-        Corpus(root, dev_groups=10, calibration_groups=10)
+    for dev, calibration, remedy in ((10, 10, "lower"), (25, 0, "lower"), (-1, 1, "raise"), (1, -1, "raise")):
+        with pytest.raises(DataError, match=f"{remedy} dev_groups or calibration_groups"):
+            Corpus(root, dev_groups=dev, calibration_groups=calibration)
 
 
 def test_check_reports_what_is_odd_and_nothing_else(tmp_path, clip):
@@ -176,6 +177,27 @@ def test_submission_follows_the_list(tmp_path, clip):
     predictions["b"][3, 0] = np.nan
     with pytest.raises(DataError, match="trial b is not finite"):
         write_submission(tmp_path / "out" / "submission.txt", root / "test_set_example.txt", predictions)
+
+
+@pytest.mark.parametrize("content, fault", [
+    (None, "cannot be read"), ("", "line 1: '' is not the header"), ("a/00001.jpg,0,0\n", "line 1: 'a/00001.jpg,0,0' is not the header"),
+    ("image_location,valence,arousal\n\n", "no row follows"), ("image_location,valence,arousal\nword\n", "line 2: 'word' is not a row"),
+])
+def test_lists_that_cannot_be_believed(tmp_path, content, fault):
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_text(content)
+    for read in (lambda: read_test_list(path), lambda: write_submission(tmp_path / "submission.txt", path, {})):
+        with pytest.raises(DataError) as error:
+            read()
+        assert str(path) in str(error.value) and fault in str(error.value) and ";" in str(error.value)
+    assert not (tmp_path / "submission.txt").exists()
+
+
+def test_a_corpus_without_a_list_has_nothing_to_submit(tmp_path, clip):
+    corpus = Corpus(make_corpus(tmp_path / "corpus", clip, train=["1"]))
+    with pytest.raises(DataError, match="submission.txt: there is no list of what to submit"):
+        write_submission(tmp_path / "submission.txt", corpus.test_list, {})
 
 
 LEVELS = (60, 100, 140, 180)

@@ -206,6 +206,14 @@ def test_a_sample_is_not_written_over_something(tmp_path):
     one_sentence(result.stderr, tmp_path / "mine", "exists already")
 
 
+@pytest.mark.parametrize("option, fault", [(["--seed", "-1"], "seed"), (["--subjects", "train=0"], "subjects"),
+                                           (["--seconds", "2", "9"], "seconds"), (["--seconds", "9", "4"], "seconds")])
+def test_a_sample_that_cannot_be_made(tmp_path, option, fault):
+    result = command("sample", tmp_path / "new", *option)
+    assert result.returncode == 2 and not (tmp_path / "new").exists()
+    one_sentence(result.stderr, fault)
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["check"], ["sample", "out", "--seed", "x"], ["sample", "out", "--subjects", "8"]])
 def test_a_wrong_call_is_told_so(arguments):
     result = command(*arguments)

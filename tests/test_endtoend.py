@@ -12,9 +12,9 @@ import yaml
 from conftest import ROOT, commit, environment
 
 COPIED = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitattributes", ".gitignore", "Makefile", "dvc.yaml", "nbs", "params.yaml",
-          "pyproject.toml", "sage_nb", "settings.ini")
+          "pyproject.toml", "requirements.lock", "sage_nb", "settings.ini")
 SMALL = dict(prepare=dict(dev_groups=2, calibration_groups=2), pretrain=dict(visual_steps=10, audio_steps=10),
-             train=dict(models=["concat", "sage"], seeds=[0], epochs=3), tables=dict(resamples=50))
+             conditions=dict(seeds=[0], epochs=2), train=dict(models=["concat", "sage"], seeds=[0], epochs=3), tables=dict(resamples=50))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def scratch(tmp_path_factory) -> Path:
         assert set(values) <= set(params[stage])
         params[stage].update(values)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    subprocess.run([sys.executable, "-m", "sage_nb.cli", "sample", "data", "--subjects", "pretrain=1", "train=8", "validation=7", "test=1"],
+    subprocess.run([sys.executable, "-m", "sage_nb.cli", "sample", "data", "--subjects", "pretrain=1", "train=8", "validation=7", "test=1", "--seconds", "4", "6"],
                    cwd=folder, env=environment(folder), check=True)
     commit(folder)
     return folder

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from sage_nb.core import DataError, Sequence, write_arrays, write_json
-from sage_nb.evaluation import (REFERENCES, comparison, evaluate_runs, read_evidence, read_table, reliability_auroc, reliability_by,
+from sage_nb.core import DataError, Sequence, read_json, write_arrays, write_json
+from sage_nb.evaluation import (REFERENCES, comparison, describe, evaluate_runs, read_evidence, read_table, reliability_auroc, reliability_by,
                                 run_scores, simulate_evidence, write_table)
 from sage_nb.figures import architecture_figure, choose_clip, clip_figure, reliability_figure, training_figure, write_figures
 from sage_nb.tables import write_tables
@@ -130,7 +130,7 @@ def test_caption_names_what_a_score_depends_on(tables):
     for name in (".md", ".tex"):
         text = tables.with_suffix(name).read_text()
         for part in ("Validation split of the simulated evidence", "all labelled frames of the set concatenated", "bootstrap", "200 draws",
-                     "post-processing: none", "selection on dev"):
+                     "post-processing: none", "selection on dev", "SAGE alone has further loss terms", "calibration subjects"):
             assert part in text
 
 
@@ -167,6 +167,12 @@ def test_reliability_is_that_of_observed_frames(evidence):
     pairs = (clean[:, None] > other[None]).mean() + (clean[:, None] == other[None]).mean() / 2
     measured = reliability_auroc(evidence).query("seed == 0 and modality == 'visual' and stage == 0").auroc.iloc[0]
     assert measured == pytest.approx(pairs, abs=1e-9)
+    heard = frames[frames.audio_ok]
+    speaks = (heard.audio_nuisance == "") & (heard.phase == "speak")
+    own, other = (heard.reliability_audio_1[speaks == side].to_numpy() for side in (True, False))
+    pairs = (own[:, None] > other[None]).mean() + (own[:, None] == other[None]).mean() / 2
+    measured = reliability_auroc(evidence).query("seed == 0 and stage == 1").set_index("modality").auroc_own
+    assert measured["audio"] == pytest.approx(pairs, abs=1e-9) and np.isnan(measured["visual"])
 
 
 def test_figures_are_the_same_bytes_in_another_process(folder, evidence):
@@ -204,11 +210,26 @@ def test_text_is_legible_and_nothing_is_cut(evidence):
         assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 7
 
 
-def test_evaluate_runs_from_a_store_and_a_trained_run(tmp_path):
-    import torch
-    from sage_nb.baselines import build_model
-    from sage_nb.training import fit, predict_sequences
+def write_store(folder, parts):
+    "A feature store of the given sequences, by split."
+    index = {s.id: dict(split=split, group=s.group, subject=s.group) for split, part in parts.items() for s in part}
+    for s in (s for part in parts.values() for s in part):
+        arrays = dict(visual=s.visual, audio=s.audio, va=s.va, visual_ok=s.visual_ok, audio_ok=s.audio_ok, valid=s.valid, cues=s.cues,
+                      frame=np.arange(1, 61, dtype=np.int32), time=np.arange(60) / 25 + 0.5)
+        write_arrays(folder / f"{s.id}.safetensors", arrays, index[s.id])
+    write_json(folder / "index.json", index)
 
+
+def train_run(folder, model, parts, seed=0, selection="dev"):
+    "A run as stage `train` leaves it."
+    from sage_nb.training import fit
+
+    fit(model, parts["train"], parts["dev"], run_dir=folder, seed=seed, epochs=2, window=40)
+    write_json(folder / "run.json", read_json(folder / "run.json") | dict(selection=selection))
+
+
+@pytest.fixture
+def parts():
     rng = np.random.default_rng(0)
 
     def draw(name, group, frames=60):
@@ -217,23 +238,26 @@ def test_evaluate_runs_from_a_store_and_a_trained_run(tmp_path):
                         rng.uniform(-1, 1, (frames, 2)).astype(np.float32), ok[0], ok[1], np.arange(frames) > 3,
                         rng.normal(size=(frames, 2)).astype(np.float32), group)
 
-    parts = {"train": [draw(f"t{i}", f"g{i}") for i in range(8)], "dev": [draw(f"d{i}", f"h{i}") for i in range(3)],
-             "validation": [draw(f"v{i}", f"k{i // 2}") for i in (1, 0, 2)]}
-    index = {s.id: dict(split=split, group=s.group, subject=s.group) for split, part in parts.items() for s in part}
-    for s in (s for part in parts.values() for s in part):
-        arrays = dict(visual=s.visual, audio=s.audio, va=s.va, visual_ok=s.visual_ok, audio_ok=s.audio_ok, valid=s.valid, cues=s.cues,
-                      frame=np.arange(1, 61, dtype=np.int32), time=np.arange(60) / 25 + 0.5)
-        write_arrays(tmp_path / "store" / f"{s.id}.safetensors", arrays, index[s.id])
-    write_json(tmp_path / "store" / "index.json", index)
+    return {"train": [draw(f"t{i}", f"g{i}") for i in range(8)], "dev": [draw(f"d{i}", f"h{i}") for i in range(3)],
+            "validation": [draw(f"v{i}", f"k{i // 2}") for i in (1, 0, 2)]}
+
+
+def test_evaluate_runs_from_a_store_and_a_trained_run(tmp_path, parts):
+    import torch
+    from sage_nb.baselines import build_model
+    from sage_nb.training import predict_sequences
+
+    write_store(tmp_path / "store", parts)
+    write_json(tmp_path / "sample.json", dict(version="0.3"))
     (tmp_path / "truth").mkdir()
     for s in parts["validation"]:
         lines = ["frame,phase,visual_nuisance,audio_nuisance", *(f"{i},speak,{'hand' if i < 20 else ''},{'noise' if i > 40 else ''}" for i in range(1, 60))]
         (tmp_path / "truth" / f"{s.id}.csv").write_text("\n".join(lines) + "\n")
     torch.set_num_threads(1)
     model = build_model("sage", 5, 4, 2, visual_width=8, audio_width=8)
-    fit(model, parts["train"], parts["dev"], run_dir=tmp_path / "runs" / "sage-0", epochs=2, window=40)
+    train_run(tmp_path / "runs" / "sage-0", model, parts)
     for out in ("one", "two"):
-        evaluate_runs(tmp_path / "runs", tmp_path / "store", tmp_path / "truth", tmp_path / out, "a test", workers=1)
+        evaluate_runs(tmp_path / "runs", tmp_path / "store", tmp_path / "truth", tmp_path / out, tmp_path / "corpus", workers=1)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert {str(f) for f in files} == {"runs.parquet", "history.parquet", "truth.parquet", "evidence.json", "predictions/sage-0.parquet"}
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
@@ -248,12 +272,46 @@ def test_evaluate_runs_from_a_store_and_a_trained_run(tmp_path):
     assert np.allclose(v1.reliability_audio_2, said.reliability[:, 1, 2], atol=1e-6)
     assert np.allclose(v1.weight_visual_0, said.weights[:, 0, 0], atol=1e-6)
     assert evidence.runs.model.tolist() == ["sage"] and len(evidence.history) == 2
+    assert (evidence.about["corpus"], evidence.about["selection"]) == ("sample corpus 0.3", "dev")
     write_tables(tmp_path / "one", tmp_path / "tables", resamples=20)
+
+
+def test_a_corpus_without_side_files(tmp_path, parts):
+    import torch
+    from sage_nb.baselines import build_model
+
+    torch.set_num_threads(1)
+    write_store(tmp_path / "store", parts)
+    (tmp_path / "truth").mkdir()
+    for name in ("concat", "sage"):
+        train_run(tmp_path / "runs" / f"{name}-0", build_model(name, 5, 4, 2, visual_width=8, audio_width=8), parts, selection="validation")
+    for run in (tmp_path / "runs").iterdir():  # evaluating again does not keep predictions of other runs by the same name
+        write_table(tmp_path / "evidence" / "predictions" / f"{run.name}.parquet", pd.DataFrame(dict(trial=["old"])))
+    evaluate_runs(tmp_path / "runs", tmp_path / "store", tmp_path / "truth", tmp_path / "evidence", tmp_path / "wild", workers=1)
+    evidence = read_evidence(tmp_path / "evidence")
+    assert evidence.truth.empty and len(evidence.predictions("sage-0")) == 180
+    assert describe(evidence).startswith("Validation split of the wild: 3 trials") and "selection on validation" in describe(evidence)
+    for name in write_figures(evidence.folder, tmp_path / "figures"):
+        caption = json.loads((tmp_path / "figures" / f"{name}.provenance.json").read_text())["caption"]
+        assert "AUROC" not in caption and "shaded" not in caption
+    labels = [label.get_text() for label in reliability_figure(evidence).axes[0].get_yticklabels()]
+    assert labels == ["all frames"]
+
+
+def test_runs_selected_on_different_parts_are_not_mixed(tmp_path, parts):
+    from sage_nb.baselines import build_model
+
+    write_store(tmp_path / "store", parts)
+    for seed, selection in ((0, "dev"), (1, "validation")):
+        train_run(tmp_path / "runs" / f"concat-{seed}", build_model("concat", 5, 4, 2, visual_width=8, audio_width=8), parts, seed, selection)
+    with pytest.raises(DataError, match="concat-0, concat-1: selected on dev and validation"):
+        evaluate_runs(tmp_path / "runs", tmp_path / "store", None, tmp_path / "evidence", tmp_path)
+    assert not (tmp_path / "evidence").exists()
 
 
 def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(DataError, match="train first"):
-        evaluate_runs(tmp_path, tmp_path, None, tmp_path / "out", "a test")
+        evaluate_runs(tmp_path, tmp_path, None, tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match="evidence.json: no such file"):
         write_tables(tmp_path, tmp_path / "tables")

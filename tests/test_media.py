@@ -4,6 +4,9 @@ import pytest
 from clips import SOUND_RATE, annotate, beeps, draw_face, talking, wall, write_video
 
 from sage_nb.affwild2 import Trial
+from sage_nb.core import DataError
+from sage_nb.encoders import AudioEncoder, VisualEncoder
+from sage_nb.features import CUES, encode_trial
 from sage_nb.media import FaceFinder, Sound, crop_face, read_frames, read_sound, read_trial
 
 EVEN = np.arange(60) / 25
@@ -38,6 +41,24 @@ def test_flash_and_beep_are_found_together(tmp_path, name, times, start, codec):
     frame_length = 1 / 25
     assert abs(onset - bright.time) < frame_length and abs(onset - times[FLASH - 1]) < frame_length
     assert bright.time == pytest.approx(times[FLASH - 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("name, times", [("late.mp4", EVEN), ("uneven_late.mp4", UNEVEN)])
+def test_a_beep_is_where_it_belongs_in_the_features(tmp_path, name, times):
+    middle = times[FLASH - 1] - 0.03  # of a beep of 0.06 s
+    path = write_video(tmp_path / name, flashing(), times, beeps([middle], times[-1], 0.55), sound_start=0.55)
+    annotation = annotate(tmp_path / "t.txt", [[0, 0]] * 60)
+    data = encode_trial(read_trial(Trial("t", "train", path, annotation, None, "s", "t")), VisualEncoder(), AudioEncoder())
+    level, heard = data["cues"][:, CUES.index("level")], data["audio_ok"]
+    assert not heard[times < 0.5].any() and heard[(times > 0.6) & (times < times[-1] - 0.1)].all()
+    assert np.isnan(level[times < 0.5]).all()
+    assert abs(int(data["frame"][np.nanargmax(level)]) - FLASH) <= 1
+    assert level[np.abs(times - times[FLASH - 1]) > 0.2].size and np.nanmax(level[np.abs(times - times[FLASH - 1]) > 0.2]) < np.nanmax(level) - 30
+
+
+def test_detection_in_no_picture_is_refused():
+    with pytest.raises(DataError, match="detect_every is 0"):
+        FaceFinder(detect_every=0)
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 48000])

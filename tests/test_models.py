@@ -4,7 +4,7 @@ import pytest
 import torch
 from sage_nb.baselines import build_model
 from sage_nb.core import DataError
-from sage_nb.interaction import Estimator
+from sage_nb.interaction import Estimator, Head
 from sage_nb.losses import va_loss
 from sage_nb.windows import collate, made_up_sequences
 
@@ -16,7 +16,7 @@ FUSIONS = [name for name in MODELS if name not in ("visual", "audio")]
 
 def model_of(name, seed=0, **options):
     torch.manual_seed(seed)
-    return build_model(name, VISUAL, AUDIO, CUES, **SIZES, **options).eval()
+    return build_model(name, VISUAL, AUDIO, CUES, cue_owners="va", **SIZES, **options).eval()
 
 
 def inputs(frames=50, windows=3, seed=0):
@@ -32,7 +32,7 @@ def per_frame(output):
 
 
 @pytest.mark.parametrize("name,options", [(n, {}) for n in MODELS] + [
-    ("sage", dict(steps=s)) for s in (0, 1, 3)] + [("sage", dict(weighting="shares")), ("sage", dict(causal=True))])
+    ("sage", dict(steps=s)) for s in (0, 1, 3)] + [("sage", dict(weighting="gates")), ("sage", dict(causal=True))])
 def test_every_parameter_gets_a_gradient(name, options):
     "Through the very loss that training uses; a parameter without one would be dead weight in the count."
     sequences, _ = made_up_sequences(8, 0, (60, 80), VISUAL, AUDIO)
@@ -74,6 +74,7 @@ def test_features_of_a_missing_modality_change_nothing(name, value):
     before = per_frame(model(**given))
     given["visual"] = torch.where(given["visual_ok"][..., None], given["visual"], value)
     given["audio"] = torch.where(given["audio_ok"][..., None], given["audio"], value)
+    given["cues"] = torch.where(torch.stack([given["visual_ok"], given["audio_ok"]], -1), given["cues"], value)  # its cues neither
     for key, after in per_frame(model(**given)).items():
         assert torch.equal(after, before[key])
 
@@ -113,6 +114,21 @@ def test_a_model_uses_the_modalities_it_names(name, changes):
     before = model(**given).va
     for key, changed in zip(("visual", "audio"), changes):
         assert torch.equal(model(**given | {key: given[key] + 1}).va, before) is not changed
+    for cue, changed in enumerate(changes):  # cue 0 is about sight, cue 1 about sound
+        moved = given["cues"].clone()
+        moved[..., cue] += 1
+        assert torch.equal(model(**given | {"cues": moved}).va, before) is not changed
+
+
+def test_the_head_drops_channels_and_never_a_frame():
+    head = Head(4, hidden=64, dropout=0.5).train()
+    x = torch.randn(2, 200, 4)
+    assert not (head(x) == torch.tanh(head.out.bias)).all(-1).any()
+    hidden = torch.nn.functional.gelu(head.hidden(x))
+    torch.manual_seed(0)
+    kept = torch.nn.functional.dropout(torch.ones(2, 1, 64), 0.5)
+    torch.manual_seed(0)
+    torch.testing.assert_close(head(x), torch.tanh(head.out(hidden * kept)))
 
 
 def test_defaults_of_the_masks():

@@ -67,7 +67,7 @@ for folder in folders:
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    "Two batches an epoch: killed in the middle of the third epoch, then of the seventh, when SAGE has calibrated."
+    "Two batches an epoch: killed in the middle of the third epoch, then of the eighth and last, when SAGE has calibrated."
 
     def run(folder, deadly, *more):
         return subprocess.run([sys.executable, "-c", KILLED_RUN, str(deadly), folder, *more]).returncode
@@ -75,8 +75,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert run(tmp_path / "cut", 6) == -signal.SIGKILL
     assert set(content(tmp_path / "cut")) == {"resume.safetensors"}  # no half of a result
     assert len(core.read_arrays(tmp_path / "cut" / "resume.safetensors")[1]["history"]) == 2
-    assert run(tmp_path / "cut", 10) == -signal.SIGKILL
-    assert len(core.read_arrays(tmp_path / "cut" / "resume.safetensors")[1]["history"]) == 6
+    assert run(tmp_path / "cut", 12) == -signal.SIGKILL
+    assert len(core.read_arrays(tmp_path / "cut" / "resume.safetensors")[1]["history"]) == 7
     assert run(tmp_path / "cut", 0, tmp_path / "whole") == 0
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
     assert set(content(tmp_path / "whole")) == {"model.safetensors", "run.json", "history.json"}
@@ -159,13 +159,28 @@ def test_the_last_part_moves_only_fusion_and_head(data):
     model.finish = lambda: (finish(), seen.update(before={k: v.clone() for k, v in model.state_dict().items()}))
     fit(model, *data, epochs=6, window=60)
     moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, seen["before"][k])}
-    assert moved == {"confidence", "head", "kappa"}
+    assert moved == {"confidence", "head", "kappa", "slope", "shift"}  # the last two by calibration of the output
     assert (seen["before"]["branch.slope"] != 1).all()  # and calibration came before
 
 
-def test_a_model_learns(data):
-    history = fit(model_of("concat"), *data, epochs=12, window=60)
-    assert history[-1]["loss_va"] < 0.85 * history[0]["loss_va"] and max(h["dev_p"] for h in history) > 0.3
+def test_predicted_variances_are_right_on_the_calibration_sequences_at_every_stage(data):
+    model, settings = model_of(), training.Settings(window=60)
+    fit(model, *data, epochs=6, window=60)
+    training._calibrate(model, data[1], settings, torch.device("cpu"))
+    outputs, va, valid = training._outputs(model, data[1], settings, torch.device("cpu"))
+    for s in range(model.stages):
+        log_var = torch.cat([model.branch.calibrated(o.readout_log_var[..., s, :], s).flatten(0, 1) for o in outputs])  # [N, M, 2]
+        error = torch.cat([(o.readouts[..., s, :] - y[:, :, None]).flatten(0, 1) for o, y in zip(outputs, va)])
+        counts = torch.cat([(v[..., None] & o.ok).flatten(0, 1) for o, v in zip(outputs, valid)])  # [N, M]
+        for m in range(2):
+            z2 = (error.square() / log_var.exp())[counts[:, m], m].mean(0)
+            torch.testing.assert_close(z2, torch.ones(2), atol=0.02, rtol=0)
+
+
+def test_a_model_learns():
+    train, val = (made_up_sequences(n, seed, (150, 150), 48, 48, misled=0.1)[0] for seed, n in ((1, 32), (2, 12)))
+    history = fit(build_model("concat", 48, 48, 2, **TINY), train, val, epochs=12, window=150)
+    assert history[-1]["loss_va"] < 0.7 * history[0]["loss_va"] and max(h["dev_p"] for h in history) > 0.4
 
 
 def test_bad_calls_are_refused(data):
@@ -213,11 +228,11 @@ def test_runs_side_by_side(tmp_path, data):
             core.write_arrays(store / f"{s.id}.safetensors", {k: getattr(s, k) for k in
                               ("visual", "audio", "va", "visual_ok", "audio_ok", "valid", "cues")}, dict(group=s.group))
     core.write_json(store / "index.json", index)
-    folders = train_runs(store, tmp_path / "runs", ["visual", "sage"], [0, 1], workers=2, epochs=1, window=60)
-    assert [f.name for f in folders] == ["visual-0", "visual-1", "sage-0", "sage-1"]
-    run = json.loads((folders[2] / "run.json").read_text())
-    assert (run["name"], run["configuration"], run["seed"]) == ("sage", "equal", 0)
-    assert load_run(folders[2])(*collate(data[0], [(0, 0)], 60).inputs).va.shape[2] == 2
+    folders = train_runs(store, tmp_path / "runs", ["visual", "sage"], [3], workers=2, epochs=1, window=60)
+    assert [f.name for f in folders] == ["visual-3", "sage-3"]
+    run = json.loads((folders[1] / "run.json").read_text())
+    assert (run["name"], run["configuration"], run["seed"]) == ("sage", "equal", 3)
+    assert load_run(folders[1])(*collate(data[0], [(0, 0)], 60).inputs).va.shape[2] == 2
 
 
 # windows and batches
