@@ -568,7 +568,7 @@ def render_readme(
         cells.append(cell)
     node.cells = cells
     text, _ = MarkdownExporter().from_notebook_node(node)
-    text = re.sub(r"(?m)^```python\n+```\n", "", text)
+    text = re.sub(r"(?m)^```\w*\n+```\n", "", text)
 
     def from_root(match: re.Match) -> str:
         return match[1] + os.path.normpath(f"nbs/{match[2]}")
