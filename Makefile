@@ -4,20 +4,26 @@ PYTHON ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
-PIPELINE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m sage_nb.pipeline
+MODULE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m
+PIPELINE = $(MODULE) sage_nb.pipeline
 
-.PHONY: help env repro verify test readme lab clean
+.PHONY: help env repro replicate verify test bench readme lab clean
 
 help:
-	@echo "make repro   raw video in, tables and figures out (makes $(VENV) and fetches the sample first)"
-	@echo "make test    every check (makes $(VENV) and fetches the sample first): notebooks, package, tests, the pipeline at a small size"
-	@echo "make verify  rebuild results/ from nothing and compare with what is committed"
-	@echo "make readme  write README.md from nbs/index.ipynb"
-	@echo "make lab     open the notebooks in JupyterLab"
-	@echo "make clean   remove everything that can be made again (not data, results or the environment)"
+	@echo "make repro      raw video in, tables and figures out (makes $(VENV) and fetches the sample first)"
+	@echo "make replicate  the comparison again on two more sample corpora, made for it (about 40 minutes; not part of make repro)"
+	@echo "make test       every check (makes $(VENV) and fetches the sample first): notebooks, package, tests, the pipeline at a small size"
+	@echo "make verify     rebuild from raw video what make repro made of results/, and compare with what is committed"
+	@echo "make bench      time every model in one run and write results/bench.json (about 4 minutes; the efficiency table is made from it)"
+	@echo "make readme     write README.md from nbs/index.ipynb"
+	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make clean      remove everything that can be made again (not data, results or the environment)"
 
 repro: env
 	@$(PIPELINE) repro
+
+replicate: env
+	@$(PIPELINE) repro verdict
 
 verify: env
 	@$(PIPELINE) verify
@@ -29,6 +35,9 @@ test: env
 	@$(PIPELINE) fetch
 	nbdev_test --n_workers 2
 	python -m pytest -q
+
+bench: env
+	@$(MODULE) sage_nb.efficiency
 
 lab: env
 	@exec jupyter lab nbs

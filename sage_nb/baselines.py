@@ -4,28 +4,176 @@
 
 # %% ../nbs/11_baselines.ipynb #58917a8a
 from __future__ import annotations
+import math
+from typing import NamedTuple
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from . import sage  # registers SAGE
-from .core import DataError
-from .interaction import Estimator, FrontEnd, Head, Output
+from .core import DataError, Sequence
+from .interaction import MODALITIES, Estimator, FrontEnd, Head, Output, TemporalConv
+from .losses import beta_nll, mean_square
+from .reliability import Readouts, label_variance, soft_clamp
 
 # %% auto #0
-__all__ = ['CONFIGURATIONS', 'Concat', 'Visual', 'Audio', 'build_model']
+__all__ = ['TAU', 'CONFIGURATIONS', 'MaskedBatchNorm', 'LineageTCN', 'SideBySide', 'LineageFrontEnd', 'front_end', 'LinearHead',
+           'LineageHead', 'ReadoutOutput', 'Concat', 'Visual', 'Audio', 'masked_softmax', 'Late', 'ExpertOutput', 'PoE',
+           'ordinal_kl', 'COLD', 'GMU', 'CAN', 'LFAN', 'JointAttention', 'LastStateGate', 'RecurrentGate',
+           'no_causal_form', 'JointNetwork', 'RJCA', 'JCA', 'GRJCA', 'TAGF', 'positions', 'Attention',
+           'TransformerLayer', 'Crossmodal', 'RAAV', 'build_model']
 
 # %% ../nbs/11_baselines.ipynb #6151efd5
+class MaskedBatchNorm(nn.BatchNorm1d):
+    "BatchNorm over real frames alone, [B, T, C] -> [B, T, C], 0 elsewhere; a batch of one frame is normalised by the running statistics."
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        rows, y = x[mask], torch.zeros_like(x)
+        batch = self.training and len(rows) > 1
+        y[mask] = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, batch, self.momentum, self.eps)
+        return y
+
+# %% ../nbs/11_baselines.ipynb #40c6085b
+class LineageTCN(nn.Module):
+    "Causal TCN of the lineage, [B, T, C] -> [B, T, widths[-1]], BatchNorm at the end."
+
+    def __init__(
+        self,
+        channels: int,  # C
+        widths: tuple[int, ...],  # channels after each block
+        kernel: int = 5,  # taps of each convolution
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        sizes = list(zip((channels, *widths), widths))
+        self.blocks = nn.ModuleList(nn.ModuleList(weight_norm(nn.Conv1d(size, after, kernel, dilation=2**i)) for size in (before, after))
+                                    for i, (before, after) in enumerate(sizes))
+        self.skips = nn.ModuleList(nn.Identity() if before == after else nn.Conv1d(before, after, 1) for before, after in sizes)
+        self.norm = MaskedBatchNorm(widths[-1])
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x.mT
+        for convs, skip in zip(self.blocks, self.skips):
+            y = x
+            for conv in convs:
+                past = conv.dilation[0] * (conv.kernel_size[0] - 1)
+                y = F.dropout(F.leaky_relu(conv(F.pad(y * mask[:, None], (past, 0)))), self.dropout, self.training)
+            x = F.leaky_relu(y + skip(x))
+        return self.norm(x.mT, mask)
+
+
+class SideBySide(nn.ModuleList):
+    "One TCN a network, their states one behind the other: [B, T, C] -> [B, T, networks * width]."
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([tcn(x, mask) for tcn in self], -1)
+
+
+class LineageFrontEnd(FrontEnd):
+    "The common front end with the lineage's TCN and widths in it, causal; several networks can each have a TCN of their own."
+
+    def __init__(
+        self,
+        visual_dim: int,  # Dv
+        audio_dim: int,  # Da
+        cue_dim: int = 0,  # C
+        visual_width: int = 256,  # channels of the visual state; the first two blocks have twice as many
+        audio_width: int = 128,  # channels of the audio state
+        kernel: int = 5,  # taps of each convolution
+        dropout: float = 0.1,
+        networks: int = 1,  # networks whose states stand side by side
+        modalities: tuple[str, ...] = MODALITIES,
+        cue_owners: str = "",  # as of the common front end
+    ):
+        super().__init__(visual_dim, audio_dim, cue_dim, visual_width, audio_width, kernel, dropout, True, modalities, cue_owners)
+        for m, width in zip(modalities, self.widths):
+            widths = (2 * width, 2 * width, width, width) if m == "visual" else (width,) * 4
+            inputs, self.project[m] = self.project[m].in_features, nn.Identity()
+            self.tcn[m] = SideBySide(LineageTCN(inputs, widths, kernel, dropout) for _ in range(networks))
+
+
+def front_end(
+    lineage: bool,  # the lineage's, instead of the common one
+    *sizes: int,  # Dv, Da, C
+    **options,  # of the front end
+) -> FrontEnd:
+    "The front end of a configuration."
+    return (LineageFrontEnd if lineage else FrontEnd)(*sizes, **options)
+
+# %% ../nbs/11_baselines.ipynb #7e92c1f4
+class LinearHead(nn.Linear):
+    "tanh(W z + b), valence and arousal."
+
+    def __init__(self, fused: int):
+        super().__init__(fused, 2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(super().forward(z))
+
+
+class LineageHead(nn.Module):
+    "The lineage's head: fused features [B, T, F] -> hidden layer, BatchNorm, LeakyReLU -> [B, T, targets] by tanh."
+
+    def __init__(self, fused: int, targets: int = 2, hidden: int = 256):
+        super().__init__()
+        self.hidden = nn.Linear(fused, hidden, bias=False)  # the BatchNorm would take a bias away again
+        self.norm, self.out = MaskedBatchNorm(hidden), nn.Linear(hidden, targets)
+
+    def forward(self, z: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.out(F.leaky_relu(self.norm(self.hidden(z), mask))))
+
+# %% ../nbs/11_baselines.ipynb #6ce0347f
+class ReadoutOutput(NamedTuple):
+    "What `concat` with readouts returns. M: its modalities."
+    va: Tensor  # [B, T, 2] valence and arousal in [-1, 1]
+    unimodal: Tensor  # [B, T, M, 2] what each modality says alone
+    ok: Tensor  # [B, T, M] bool, the modality is there
+
+
 class Concat(Estimator, name="concat"):
     "Concatenation of both states."
 
-    modalities = ("visual", "audio")
+    modalities = MODALITIES
 
-    def __init__(self, visual_dim: int, audio_dim: int, cue_dim: int = 0, dropout: float = 0.1, **front):
+    def __init__(
+        self,
+        visual_dim: int,  # Dv, visual features a frame
+        audio_dim: int,  # Da, audio features a frame
+        cue_dim: int = 0,  # C, cues a frame
+        hidden: int = 128,  # width of the head's hidden layer
+        readouts: bool = False,  # train a readout of each state too, as SAGE does
+        dropout: float = 0.1,
+        lineage: bool = False,  # the lineage's front end, and a linear head
+        **front,  # further options of the front end: visual_width, audio_width, kernel, cue_owners, causal
+    ):
         super().__init__()
-        self.front = FrontEnd(visual_dim, audio_dim, cue_dim, dropout=dropout, modalities=self.modalities, **front)
-        self.head = Head(sum(self.front.widths), dropout=dropout)
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, modalities=self.modalities, **front)
+        fused = sum(self.front.widths)
+        self.head = LinearHead(fused) if lineage else Head(fused, hidden, dropout)
+        self.readouts = Readouts(self.front.widths, 1) if readouts else None
+        if readouts:
+            self.register_buffer("label_variance", torch.full((2,), 0.1))
 
-    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
-        return Output(self.head(torch.cat(states, -1)))
+    def fit_statistics(self, sequences: list[Sequence]) -> None:
+        "Fit the input standardisation and, for readouts, the label's variance."
+        super().fit_statistics(sequences)
+        if self.readouts:
+            self.label_variance.copy_(label_variance(sequences))
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output | ReadoutOutput:
+        "The head sees all states."
+        va = self.head(torch.cat(states, -1))
+        if not self.readouts:
+            return Output(va)
+        return ReadoutOutput(va, self.readouts(states, 0), ok[..., [MODALITIES.index(m) for m in self.modalities]])
+
+    def extra_loss(self, output: Output | ReadoutOutput, va: Tensor, valid: Tensor, corrupted: Tensor | None = None) -> dict[str, Tensor]:
+        "The readouts' squared error, in units of the label's variance."
+        if not self.readouts:
+            return {}
+        counts = (valid[..., None] & output.ok)[..., None]
+        return dict(readout=0.5 * mean_square((output.unimodal - va[:, :, None]) / self.label_variance.sqrt(), counts))
 
 
 class Visual(Concat, name="visual"):
@@ -39,8 +187,511 @@ class Audio(Concat, name="audio"):
 
     modalities = ("audio",)
 
-# %% ../nbs/11_baselines.ipynb #40c6085b
-CONFIGURATIONS = {"equal": {}}  # name -> options that a configuration sets
+# %% ../nbs/11_baselines.ipynb #8217ceed
+def masked_softmax(
+    logits: Tensor,
+    ok: Tensor,  # bool, broadcast against logits
+    dim: int,
+) -> Tensor:
+    "Softmax over what is ok; exactly 0 elsewhere, uniform where nothing is."
+    return torch.softmax(logits.masked_fill(~ok, -1e4), dim)
+
+
+class Late(Estimator, name="late"):
+    "Mean of two unimodal predictions; where one modality is missing, the other's."
+
+    def __init__(self, visual_dim: int, audio_dim: int, cue_dim: int = 0, dropout: float = 0.1, lineage: bool = False, **front):
+        super().__init__()
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
+        self.heads = nn.ModuleList(LinearHead(width) if lineage else Head(width, dropout=dropout) for width in self.front.widths)
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
+        "Equal shares of those who are there."
+        said = torch.stack([head(x) for head, x in zip(self.heads, states)], -2)
+        share = masked_softmax(torch.zeros_like(said), ok[..., None], -2)
+        return Output((share * said).sum(-2))
+
+
+class ExpertOutput(NamedTuple):
+    "What a fusion of experts returns."
+    va: Tensor  # [B, T, 2] valence and arousal in [-1, 1]
+    expert_va: Tensor  # [B, T, M, 2] mean of each modality's prediction
+    expert_log_var: Tensor  # [B, T, M, 2] log of its variance
+    ok: Tensor  # [B, T, M] bool, the modality is there
+
+
+class PoE(Late, name="poe"):
+    "Product of two Gaussian experts: their means, weighted by inverse variance."
+
+    def __init__(self, visual_dim: int, audio_dim: int, cue_dim: int = 0, dropout: float = 0.1, lineage: bool = False, **front):
+        super().__init__(visual_dim, audio_dim, cue_dim, dropout, lineage, **front)
+        self.log_var = nn.ModuleList(nn.Linear(width, 2) if lineage else nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, 2))
+                                     for width in self.front.widths)
+        self.register_buffer("label_variance", torch.full((2,), 0.1))
+
+    def fit_statistics(self, sequences: list[Sequence]) -> None:
+        "Fit the input standardisation and the label's variance, from which the predicted variances start."
+        super().fit_statistics(sequences)
+        self.label_variance.copy_(label_variance(sequences))
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> ExpertOutput:
+        "Shares by inverse variance."
+        said = torch.stack([head(x) for head, x in zip(self.heads, states)], -2)
+        log_var = torch.stack([spread(x) for spread, x in zip(self.log_var, states)], -2)
+        log_var = soft_clamp(log_var + self.label_variance.log(), -7.0, 2.0)
+        share = masked_softmax(-log_var, ok[..., None], -2)
+        return ExpertOutput((share * said).sum(-2), said, log_var, ok)
+
+    def extra_loss(self, output: ExpertOutput, va: Tensor, valid: Tensor, corrupted: Tensor | None = None) -> dict[str, Tensor]:
+        "Likelihood of the labels under each expert."
+        counts = (valid[..., None] & output.ok)[..., None]
+        return dict(likelihood=beta_nll(output.expert_va - va[:, :, None], output.expert_log_var, counts))
+
+
+def ordinal_kl(
+    error: Tensor,  # errors, not negative
+    variance: Tensor,  # same shape and unit
+    mask: Tensor,  # bool, what counts, broadcast
+    dim: int,  # what the softmax is taken over
+) -> Tensor:  # without `dim`
+    "KL divergence of softmax(variance) from softmax(error) among what counts: 0 when they differ by a constant only."
+    mask = mask.expand_as(error)
+    p, q = (torch.log_softmax(x.masked_fill(~mask, -1e4), dim) for x in (error.detach(), variance))
+    return torch.where(mask, p.exp() * (p - q), 0.0).sum(dim)
+
+
+class COLD(PoE, name="cold"):
+    "Precision-weighted experts whose variances are ordered by their errors."
+
+    def extra_loss(self, output: ExpertOutput, va: Tensor, valid: Tensor, corrupted: Tensor | None = None) -> dict[str, Tensor]:
+        "Squared error of each expert, and the order of variances within and across modalities."
+        counts = (valid[..., None] & output.ok)[..., None]  # [B, T, M, 1]
+        error = (output.expert_va - va[:, :, None]) / self.label_variance.sqrt()
+        variance, both = output.expert_log_var.exp() / self.label_variance, counts.all(2)
+        within = ordinal_kl(error.square().flatten(0, 1), variance.flatten(0, 1), counts.flatten(0, 1), 0).mean()
+        across = (ordinal_kl(error.square(), variance, counts & both[:, :, None], 2)).sum() / (2 * both.sum()).clamp(min=1)
+        return dict(expert=0.1 * mean_square(error, counts), within=0.1 * within, across=0.1 * across)
+
+# %% ../nbs/11_baselines.ipynb #8e846c73
+class GMU(Estimator, name="gmu"):
+    "Gated multimodal unit: each channel chooses between the modalities."
+
+    def __init__(
+        self,
+        visual_dim: int,  # Dv
+        audio_dim: int,  # Da
+        cue_dim: int = 0,  # C
+        dim: int = 128,  # channels of the fused state
+        dropout: float = 0.1,
+        lineage: bool = False,  # the lineage's front end, and a linear head
+        **front,  # further options of the front end
+    ):
+        super().__init__()
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
+        widths = self.front.widths
+        self.gate = nn.Linear(sum(widths), dim)
+        self.value = nn.ModuleList(nn.Linear(width, dim) for width in widths)
+        self.head = LinearHead(dim) if lineage else Head(dim, dropout=dropout)
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
+        "A convex combination, channel by channel."
+        visual_ok, audio_ok = ok[..., :1], ok[..., 1:]
+        z = torch.sigmoid(self.gate(torch.cat(states, -1)))
+        z = z.masked_fill(audio_ok & ~visual_ok, 0.0).masked_fill(visual_ok & ~audio_ok, 1.0)
+        visual, audio = (torch.tanh(value(x)) for value, x in zip(self.value, states))
+        return Output(self.head(z * visual + (1 - z) * audio))
+
+# %% ../nbs/11_baselines.ipynb #0429a7ab
+class CAN(Estimator, name="can"):
+    "Channel attention: a softmax over all channels of both modalities."
+
+    def __init__(
+        self,
+        visual_dim: int,  # Dv
+        audio_dim: int,  # Da
+        cue_dim: int = 0,  # C
+        dim: int = 128,  # channels of each modality's projection
+        dropout: float = 0.1,
+        lineage: bool = False,  # the lineage's front end and head
+        **front,  # further options of the front end
+    ):
+        super().__init__()
+        self.lineage, self.dim = lineage, dim
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
+        self.project = nn.ModuleList(nn.Linear(width, dim) for width in self.front.widths)
+        self.attend = nn.Linear(2 * dim, 2 * dim)
+        self.head = LineageHead(2 * dim) if lineage else Head(2 * dim, dropout=dropout)
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
+        "Weigh the channels."
+        z = torch.cat([project(x) for project, x in zip(self.project, states)], -1)
+        z = masked_softmax(self.attend(z), ok.repeat_interleave(self.dim, -1), -1) * z
+        return Output(self.head(z, mask) if self.lineage else self.head(2 * self.dim * z))
+
+# %% ../nbs/11_baselines.ipynb #acf08a55
+class LFAN(Estimator, name="lfan"):
+    "Self-attention between the two modalities of a frame; the visual state leads."
+
+    def __init__(
+        self,
+        visual_dim: int,  # Dv
+        audio_dim: int,  # Da
+        cue_dim: int = 0,  # C
+        dim: int = 32,  # channels of a token
+        heads: int = 2,
+        dropout: float = 0.1,
+        lineage: bool = False,  # the lineage's front end, and a linear head
+        **front,  # further options of the front end
+    ):
+        super().__init__()
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
+        widths, self.heads = self.front.widths, heads
+        self.token = nn.ModuleList(nn.Linear(width, 3 * dim) for width in widths)  # query, key, value
+        self.mix, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.head = LinearHead(widths[0] + 2 * dim) if lineage else Head(widths[0] + 2 * dim, dropout=dropout)
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
+        "Each token hears both; a missing one is not heard."
+        tokens = torch.stack([token(x) for token, x in zip(self.token, states)], 2)
+        q, k, v = tokens.unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, T, M, heads, channels]
+        logits = (q[:, :, :, None] * k[:, :, None]).sum(-1) / math.sqrt(q.shape[-1])  # [B, T, M, N, heads]
+        share = masked_softmax(logits, ok[:, :, None, :, None], 3)
+        heard = (share[..., None] * v[:, :, None]).sum(3)
+        followers = self.norm(v.flatten(-2) + self.mix(heard.flatten(-2)))
+        return Output(self.head(torch.cat([states[0], followers.flatten(-2)], -1)))
+
+# %% ../nbs/11_baselines.ipynb #bbf1a824
+class JointAttention(nn.Module):
+    "One step of joint cross-attention, states -> states."
+
+    def __init__(
+        self,
+        widths: tuple[int, int],  # channels of the visual and the audio state
+        dim: int,  # d, channels of the joint representation
+        frames: int | None,  # L of the fixed map over time; None: the length-free one
+        dropout: float = 0.6,
+    ):
+        super().__init__()
+        self.frames, self.dropout = frames, dropout
+        self.joint = nn.Linear(sum(widths), dim)  # W_q
+        self.time = nn.ModuleList(nn.Linear(frames, frames) if frames else TemporalConv(width) for width in widths)  # W_k
+        self.value = nn.ModuleList(nn.Linear(width, width) for width in widths)  # W_v
+        self.out = nn.ModuleList(nn.Linear(dim, width) for width in widths)  # W_o
+
+    def correlation(
+        self,
+        states: list[Tensor],  # [B, T, C_m] of both modalities, T = L for the fixed map
+        ok: Tensor,  # [B, T, M] bool
+    ) -> list[Tensor]:  # [B, C_m, d] of both
+        "How each channel of a modality goes with the joint representation, in (-1, 1)."
+        there = ok.to(states[0].dtype).unbind(-1)
+        present = [x * o[..., None] for x, o in zip(states, there)]
+        joint = self.joint(torch.cat(present, -1))
+        correlations = []
+        for x, o, time in zip(present, there, self.time):
+            key = time(x.mT).mT if self.frames else time(x)
+            size = math.sqrt(joint.shape[-1]) if self.frames else o.sum(1)[:, None, None].clamp(min=1)
+            correlations.append(torch.tanh((key * o[..., None]).mT @ joint / size))
+        return correlations
+
+    def forward(self, states: list[Tensor], ok: Tensor) -> list[Tensor]:
+        after = []
+        for x, c, value, out in zip(states, self.correlation(states, ok), self.value, self.out):
+            c = F.dropout(c, self.dropout, self.training)
+            attended = torch.baddbmm((value.bias @ c)[:, None], x, value.weight.T @ c)  # (W_v X) C, the smaller product first
+            attended = F.relu(torch.tanh(attended))
+            after.append(x + F.dropout(F.relu(out(attended)), self.dropout, self.training))
+        return after
+
+# %% ../nbs/11_baselines.ipynb #8bd0b669
+TAU = 0.1  # temperature of the lineage's gates
+
+
+class LastStateGate(nn.Module):
+    "GRJCA's gate: weights over the states [B, T, S, C] -> [B, T, S], from the last of them."
+
+    def __init__(self, width: int, states: int):
+        super().__init__()
+        self.score = nn.Linear(width, states)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.softmax(self.score(states[:, :, -1]) / TAU, -1)
+
+
+class RecurrentGate(nn.Module):
+    "TAGF's gate: weights over the states [B, T, S, C] -> [B, T, S], by a BiLSTM that runs over the states of each frame."
+
+    def __init__(
+        self,
+        width: int,  # C
+        hidden: int,  # channels of each direction
+    ):
+        super().__init__()
+        self.lstm = nn.LSTM(width, hidden, batch_first=True, bidirectional=True)
+        self.project = nn.Linear(width + 2 * hidden, 2 * hidden)
+
+    def forward(self, states: Tensor) -> Tensor:
+        x = states.flatten(0, 1)  # a frame is a sequence of S states
+        unit = F.normalize(self.project(torch.cat([x, self.lstm(x)[0]], -1)), dim=-1)
+        return torch.softmax(unit.mean(-1) / TAU, -1).unflatten(0, states.shape[:2])
+
+# %% ../nbs/11_baselines.ipynb #642824a7
+def no_causal_form(
+    name: str,  # of the model
+    front: dict,  # options of its front end
+) -> None:
+    "Refuse `causal=True` for a model whose fusion looks at the whole window; a `DataError`."
+    if front.get("causal"):
+        raise DataError(f"model {name!r} looks at its whole window and has no causal form; build it without causal=True")
+
+
+class JointNetwork(nn.Module):
+    "Joint cross-attention in recursive steps, gates and head."
+
+    def __init__(
+        self,
+        widths: tuple[int, int],  # channels of the visual and the audio state
+        steps: int,
+        gates: list[nn.Module],  # one a modality, or none
+        dim: int,  # channels of the joint representation
+        frames: int | None,  # L of the fixed map over time
+        rectified: bool,  # a ReLU behind the gates
+        head: nn.Module,
+    ):
+        super().__init__()
+        self.frames, self.rectified = frames, rectified
+        self.interaction = nn.ModuleList(JointAttention(widths, dim, frames) for _ in range(steps))
+        self.gates, self.head = nn.ModuleList(gates), head
+
+    def forward(self, states: list[Tensor], ok: Tensor, mask: Tensor) -> Tensor:
+        "States [B,T,C_m], ok [B,T,M], mask [B,T] -> [B,T,targets]."
+        frames = mask.shape[1]
+        if self.frames:  # windows of L frames, each a sequence of its own
+            *states, ok = (F.pad(x, (0, 0, 0, -frames % self.frames)).unflatten(1, (-1, self.frames)).flatten(0, 1) for x in (*states, ok))
+        stages = [states]
+        for step in self.interaction:
+            stages.append(step(stages[-1], ok))
+        fused = stages[-1]
+        if self.gates:
+            fused = []
+            for gate, kept in zip(self.gates, zip(*stages)):
+                kept = torch.stack(kept, 2)  # [B, T, S, C]
+                fused.append((gate(kept)[..., None] * kept).sum(2))
+            fused = [F.relu(x) for x in fused] if self.rectified else fused
+        z = torch.cat(fused, -1)
+        z = z.unflatten(0, (len(mask), -1)).flatten(1, 2)[:, :frames]  # windows back in their places
+        return self.head(z, mask) if isinstance(self.head, LineageHead) else self.head(z)
+
+
+class RJCA(Estimator, name="rjca"):
+    "Recursive joint cross-attention; the last states go on."
+
+    steps = 2
+    rectified = False
+
+    def __init__(
+        self,
+        visual_dim: int,  # Dv
+        audio_dim: int,  # Da
+        cue_dim: int = 0,  # C
+        dim: int = 96,  # d, channels of the joint representation
+        time_map: str = "free",  # "free": any length alike; "fixed": the lineage's Linear over a window of `frames`
+        frames: int = 300,  # L of the fixed map
+        dropout: float = 0.1,
+        lineage: bool = False,  # the lineage's front end and head, and a network for each target
+        **front,  # further options of the front end
+    ):
+        super().__init__()
+        no_causal_form(self.name, front)
+        if time_map not in ("free", "fixed"):
+            raise DataError(f"time_map: {time_map!r} is not known; use free or fixed")
+        if lineage:
+            front["networks"] = 2
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
+        widths = self.front.widths
+        self.networks = nn.ModuleList(
+            JointNetwork(widths, self.steps, self.gates(widths, lineage), dim, frames if time_map == "fixed" else None, self.rectified,
+                         LineageHead(sum(widths), 1) if lineage else Head(sum(widths), dropout=dropout))
+            for _ in range(2 if lineage else 1))
+
+    def gates(self, widths: tuple[int, int], lineage: bool) -> list[nn.Module]:
+        "The gates of one network, one a modality; none here."
+        return []
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
+        "Each network answers from its own states."
+        parts = zip(*(x.chunk(len(self.networks), -1) for x in states))
+        return Output(torch.cat([network(list(part), ok, mask) for network, part in zip(self.networks, parts)], -1))
+
+
+class JCA(RJCA, name="jca"):
+    "Joint cross-attention: one step."
+
+    steps = 1
+
+
+class GRJCA(RJCA, name="grjca"):
+    "Recursive joint cross-attention, all states gated by the last."
+
+    rectified = True
+
+    def gates(self, widths, lineage):
+        return [LastStateGate(width, self.steps + 1) for width in widths]
+
+
+class TAGF(RJCA, name="tagf"):
+    "Recursive joint cross-attention, all states gated by a BiLSTM over them."
+
+    def gates(self, widths, lineage):
+        return [RecurrentGate(width, width if lineage else width // 8) for width in widths]
+
+# %% ../nbs/11_baselines.ipynb #1cf21a59
+def positions(
+    frames: int,  # T
+    dim: int,  # channels, even
+    like: Tensor,  # for type and device
+) -> Tensor:  # [T, dim]
+    "Sines and cosines of the frame's number, wavelengths from 2 pi to 10,000 times that, divided by sqrt(dim)."
+    rate = torch.exp(torch.arange(0, dim, 2, dtype=like.dtype, device=like.device) * (-math.log(10000.0) / dim))
+    angle = torch.arange(frames, dtype=like.dtype, device=like.device)[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], -1) / math.sqrt(dim)
+
+
+class Attention(nn.Module):
+    "Multi-head attention: queries [B, T, D], memory [B, N, D], of which only what is kept is seen -> [B, T, D]; 0 where nothing is."
+
+    def __init__(
+        self,
+        dim: int,  # D
+        heads: int = 2,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.query, self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim, bias=False)  # a bias would add the same to all logits of a query: nothing
+
+    def forward(self, x: Tensor, memory: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(x), self.key(memory), self.value(memory)))
+        some = keep.any(-1, keepdim=True)
+        seen = F.scaled_dot_product_attention(q, k, v, (keep | ~some)[:, None, None])  # a softmax needs something to see
+        return self.out(seen.transpose(1, 2).flatten(2)) * some[..., None]
+
+
+class TransformerLayer(nn.Module):
+    "Pre-norm self-attention and a feed-forward net, [B, T, D] -> [B, T, D]; frames that are not kept are not seen."
+
+    def __init__(
+        self,
+        dim: int,  # D
+        heads: int = 2,
+        dropout: float = 0.1,  # share of channels taken away for a whole sequence
+    ):
+        super().__init__()
+        self.attention, self.forth, self.back = Attention(dim, heads), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)), dropout
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        drop = F.dropout(x.new_ones(2, x.shape[0], 1, x.shape[2]), self.dropout, self.training)
+        y = self.norms[0](x)
+        x = x + drop[0] * self.attention(y, y, keep)
+        return x + drop[1] * self.back(F.gelu(self.forth(self.norms[1](x))))
+
+# %% ../nbs/11_baselines.ipynb #8784fc58
+class Crossmodal(Estimator, name="crossmodal"):
+    "Self-attention in each of three streams (visual, audio, joint), cross-attention between every two."
+
+    def __init__(
+        self,
+        visual_dim: int,  # Dv
+        audio_dim: int,  # Da
+        cue_dim: int = 0,  # C
+        dim: int = 32,  # channels of a stream
+        heads: int = 2,
+        dropout: float = 0.1,
+        lineage: bool = False,  # the lineage's front end, and a linear head
+        **front,  # further options of the front end
+    ):
+        super().__init__()
+        no_causal_form(self.name, front)
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
+        widths = self.front.widths
+        self.project = nn.ModuleList(nn.Linear(width, dim) for width in (*widths, sum(widths)))
+        self.encoders = nn.ModuleList(TransformerLayer(dim, heads, dropout) for _ in range(3))
+        self.pairs = [(p, q) for p in range(3) for q in range(3) if p != q]
+        self.cross = nn.ModuleList(Attention(dim, heads) for _ in self.pairs)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.head = LinearHead(6 * dim) if lineage else Head(6 * dim, dropout=dropout)
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
+        "Encode the streams, let each ask the other two."
+        keep = [ok[..., 0], ok[..., 1], mask]
+        streams = [project(x) for project, x in zip(self.project, (*states, torch.cat(states, -1)))]
+        place = positions(mask.shape[1], streams[0].shape[-1], streams[0])
+        streams = [norm(encoder(x + place, seen)) for norm, encoder, x, seen in zip(self.norms, self.encoders, streams, keep)]
+        asked = [streams[p] + cross(streams[p], streams[q], keep[q]) for cross, (p, q) in zip(self.cross, self.pairs)]
+        return Output(self.head(torch.cat(asked, -1)))
+
+# %% ../nbs/11_baselines.ipynb #f82bea8b
+class RAAV(Estimator, name="raav"):
+    "Gate with learned prior and validity, audio latents, transformer over time."
+
+    def __init__(
+        self,
+        visual_dim: int,  # Dv
+        audio_dim: int,  # Da
+        cue_dim: int = 0,  # C
+        dim: int = 64,  # channels of the fused state
+        layers: int = 2,  # of the transformer
+        latents: int = 4,  # that the sound is compressed to
+        heads: int = 2,
+        dropout: float = 0.1,
+        lineage: bool = False,  # the lineage's front end, and a linear head
+        **front,  # further options of the front end
+    ):
+        super().__init__()
+        no_causal_form(self.name, front)
+        self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
+        widths = self.front.widths
+        self.logit = nn.ModuleList(nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, 1, bias=False)) for width in widths)
+        self.prior = nn.Parameter(torch.zeros(2))
+        self.project = nn.ModuleList(nn.Linear(width, dim) for width in widths)
+        self.latents = nn.Parameter(torch.randn(latents, dim))
+        self.compress, self.recall = Attention(dim, heads), Attention(dim, heads)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.layers = nn.ModuleList(TransformerLayer(dim, heads, dropout) for _ in range(layers))
+        self.final = nn.LayerNorm(dim)
+        self.head = LinearHead(dim) if lineage else Head(dim, dropout=dropout)
+
+    def weights(self, states: list[Tensor], ok: Tensor) -> Tensor:
+        "The gate, [B, T, M]: 0 for what is missing, and 0 for both where both are."
+        logits = torch.cat([logit(x) for logit, x in zip(self.logit, states)], -1) + torch.log_softmax(self.prior, -1)
+        valid = masked_softmax(logits, ok, -1) * ok
+        return valid / valid.sum(-1, keepdim=True).clamp(min=1e-6)
+
+    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
+        "Gate, recall the sound, look around in time."
+        w = self.weights(states, ok)
+        visual, audio = (project(x) for project, x in zip(self.project, states))
+        place = positions(*visual.shape[1:], visual)
+        x = w[..., :1] * visual + w[..., 1:] * audio + place
+        latents = self.latents + self.compress(self.latents.expand(len(mask), -1, -1), self.norms[0](audio + place), ok[..., 1])
+        heard = ok[..., 1].any(-1, keepdim=True).expand(-1, len(self.latents))
+        x = x + self.recall(self.norms[1](x), latents, heard)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return Output(self.head(self.final(x)))
+
+# %% ../nbs/11_baselines.ipynb #eaf7b27c
+CONFIGURATIONS = {  # configuration -> name -> options
+    "equal": {},
+    "faithful": {
+        "sage": dict(visual_width=256, audio_width=128),
+        **{name: dict(lineage=True) for name in ("visual", "audio", "concat", "late", "poe", "cold", "gmu", "can", "lfan")},
+        **{name: dict(lineage=True, dim=384, time_map="fixed") for name in ("jca", "rjca", "grjca", "tagf")},
+        "crossmodal": dict(lineage=True, dim=128, heads=4),
+        "raav": dict(lineage=True, dim=256, heads=4),
+    },
+}
 
 
 def build_model(
@@ -57,7 +708,7 @@ def build_model(
     if configuration not in CONFIGURATIONS:
         raise DataError(f"configuration {configuration!r} is not known; the configurations are {', '.join(CONFIGURATIONS)}")
     try:
-        model = Estimator.registry[name](visual_dim, audio_dim, cue_dim, **CONFIGURATIONS[configuration] | options)
+        model = Estimator.registry[name](visual_dim, audio_dim, cue_dim, **CONFIGURATIONS[configuration].get(name, {}) | options)
     except TypeError as error:
         raise DataError(f"model {name!r}: {error}; see the arguments of sage_nb's {name} model") from None
     model.configuration = configuration

@@ -250,10 +250,12 @@ class Sequence:
     valid: np.ndarray  # [T] bool, the frame is labelled
     cues: np.ndarray | None = None  # [T, C] float32, what the observation looks like (sharpness, level, ...)
     group: str | None = None  # the unit that tests resample; default: the id
+    corrupted: np.ndarray | None = None  # [T, 2] bool, where sight or sound was corrupted on purpose; default: nowhere
+    copy: Sequence | None = None  # the same trial corrupted on purpose, which training may show in its place
 
     def __post_init__(self):
         frames = len(self.visual)
-        for name in ("audio", "va", "visual_ok", "audio_ok", "valid", "cues"):
+        for name in ("audio", "va", "visual_ok", "audio_ok", "valid", "cues", "corrupted"):
             value = getattr(self, name)
             if value is not None and len(value) != frames:
                 raise DataError(f"sequence {self.id}: {name} has {len(value)} frames, visual has {frames}; "
@@ -274,3 +276,8 @@ class Prediction:
     log_var: np.ndarray | None = None  # [T, 2] log variance of `va`
     reliability: np.ndarray | None = None  # [T, M, S]
     weights: np.ndarray | None = None  # [T, M, S]
+    raw_log_var: np.ndarray | None = None  # [T, 2] `log_var` before calibration
+    half_width: np.ndarray | None = None  # [T, 2] half the width of the 90 % interval of `va`
+    readouts: np.ndarray | None = None  # [T, M, S, 2] what each modality says alone
+    readout_log_var: np.ndarray | None = None  # [T, M, S, 2] log variance of `readouts`
+    raw_readout_log_var: np.ndarray | None = None  # [T, M, S, 2] the same before calibration

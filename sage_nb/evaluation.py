@@ -6,21 +6,26 @@
 from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import DataError, Prediction, Sequence, parallel_map, read_arrays, read_json, value_hash, whole, write_json
-from .metrics import bootstrap_by_group, va_scores
+from .metrics import (Bootstrap, auroc, auroc_statistic, average, bootstrap_by_group, ccc_per_video, ccc_per_window, ccc_within_between,
+                             ence, ence_statistic, holm, mean_statistic, moments, resample, spearman_statistic, va_scores)
 
 # %% auto #0
-__all__ = ['AXES', 'MODALITIES', 'TRUTH', 'LABELS', 'REFERENCES', 'ORDER', 'write_table', 'read_table', 'frame_table',
-           'read_truth', 'stage_records', 'cell', 'write_provenance', 'corpus_name', 'evaluate_runs', 'Evidence',
-           'read_evidence', 'describe', 'simulate_evidence', 'frame_scores', 'run_scores', 'reference_predictions',
-           'model_keys', 'comparison', 'auroc', 'reliability_frames', 'reliability_auroc', 'reliability_by']
+__all__ = ['AXES', 'MODALITIES', 'MOMENTS', 'TRUTH', 'SIGNALS', 'LABELS', 'REFERENCES', 'ORDER', 'ABLATIONS', 'SMOOTHING',
+           'COMPARISON', 'TASKS', 'write_table', 'read_table', 'frame_table', 'read_truth', 'stage_records', 'cell',
+           'write_provenance', 'corpus_name', 'signal_table', 'evaluate_runs', 'Evidence', 'read_evidence', 'describe',
+           'simulate_evidence', 'frame_scores', 'run_scores', 'reference_predictions', 'conventions', 'moving_average',
+           'choose_window', 'model_keys', 'comparison', 'ablation', 'truth_masks', 'reliability_frames',
+           'reliability_auroc', 'reliability_by', 'energy_readings', 'detection', 'calibration']
 
 # %% ../nbs/15_evaluation.ipynb #c1ae4c09
 AXES = ("valence", "arousal")
 MODALITIES = ("visual", "audio")
+MOMENTS = ("n", "x", "y", "xx", "yy", "xy")  # of `metrics.moments`; x = prediction, y = truth
 
 
 def write_table(
@@ -34,10 +39,11 @@ def write_table(
 
 def read_table(
     path: str | Path,  # a `.parquet` file
+    columns: list[str] | None = None,  # default: all
 ) -> pd.DataFrame:
     "Read a table written by `write_table`. A missing or damaged file raises `DataError`."
     try:
-        return pd.read_parquet(path, engine="pyarrow")
+        return pd.read_parquet(path, engine="pyarrow", columns=columns)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run the step that writes it first") from None
     except (ValueError, OSError) as error:
@@ -64,16 +70,25 @@ def frame_table(
             columns[axis] = np.where(sequence.valid, sequence.va[:, i], np.nan).astype(np.float32)
         for i, axis in enumerate(AXES):
             columns[f"pred_{axis}"] = np.asarray(prediction.va[:, i], np.float32)
-        if prediction.log_var is not None:
-            for i, axis in enumerate(AXES):
-                columns[f"log_var_{axis}"] = np.asarray(prediction.log_var[:, i], np.float32)
+        for name in ("log_var", "raw_log_var", "half_width"):
+            if (values := getattr(prediction, name)) is not None:
+                columns |= {f"{name}_{axis}": np.asarray(values[:, i], np.float32) for i, axis in enumerate(AXES)}
         for name, values in (("reliability", prediction.reliability), ("weight", prediction.weights)):
             if values is not None:
-                for m, modality in enumerate(MODALITIES):
-                    for s in range(values.shape[2]):
-                        columns[f"{name}_{modality}_{s}"] = np.asarray(values[:, m, s], np.float32)
+                columns |= {f"{name}_{modality}_{s}": np.asarray(values[:, m, s], np.float32)
+                            for m, modality in enumerate(MODALITIES) for s in range(values.shape[2])}
+        for name, values in (("readout", prediction.readouts), ("readout_log_var", prediction.readout_log_var),
+                             ("raw_readout_log_var", prediction.raw_readout_log_var)):
+            if values is not None:
+                columns |= {f"{name}_{modality}_{s}_{axis}": np.asarray(values[:, m, s, i], np.float32) for m, modality in enumerate(MODALITIES)
+                            for s in sorted({0, values.shape[2] - 1}) for i, axis in enumerate(AXES)}
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True).sort_values(["trial", "frame"], kind="stable", ignore_index=True)
+
+
+def _arrays(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Prediction [N, 2], truth [N, 2] and valid [N]."
+    return table[[f"pred_{axis}" for axis in AXES]].to_numpy(float), table[list(AXES)].to_numpy(float), table.valid.to_numpy()
 
 # %% ../nbs/15_evaluation.ipynb #b7083fb8
 TRUTH = ["frame", "phase", "visual_nuisance", "audio_nuisance"]
@@ -151,20 +166,49 @@ def _selection(records: dict[str, dict]) -> str:
     return parts.pop()
 
 
-def _predict_run(task: tuple[Path, Path, str, Path]) -> None:
-    import torch
+SIGNALS = {"visual_energy": "brightness", "audio_energy": "level"}  # column -> cue
+
+
+def signal_table(
+    sequences: Iterable[Sequence],
+    split: str,  # the part they are of
+) -> pd.DataFrame:  # trial, frame, split, visual_energy, audio_energy (NaN = not observed, or not among the cues), visual_ok, audio_ok
+    "What is known of a frame without any model: flags and the energy of both signals."
+    from sage_nb.features import CUES
+
+    parts = []
+    for s in sequences:
+        known = s.cues is not None and s.cues.shape[1] == len(CUES)
+        energy = {column: s.cues[:, CUES.index(cue)] if known else np.full(len(s), np.nan, np.float32) for column, cue in SIGNALS.items()}
+        parts.append(pd.DataFrame(dict(trial=s.id, frame=np.arange(1, len(s) + 1, dtype=np.int32), split=split, **energy,
+                                       visual_ok=s.visual_ok, audio_ok=s.audio_ok)))
+    return pd.concat(parts, ignore_index=True).sort_values(["trial", "frame"], kind="stable", ignore_index=True)
+
+
+@lru_cache(maxsize=2)
+def _part(store: Path, split: str) -> tuple[list[Sequence], dict[str, np.ndarray]]:
+    "Sequences of a split and the times of their frames; a worker predicts many runs of the same."
     from sage_nb.features import load_sequences
+
+    sequences = load_sequences(store, split)
+    return sequences, {s.id: read_arrays(store / f"{s.id}.safetensors", ["time"])[0]["time"] for s in sequences}
+
+
+def _predict_run(task: tuple[Path, Path, str, str, Path]) -> None:
+    import torch
     from sage_nb.training import load_run, predict_sequences
 
-    run, store, split, path = task
+    run, store, split, selection, out = task
     torch.set_num_threads(1)
-    sequences = load_sequences(store, split)
-    times = {sequence.id: read_arrays(store / f"{sequence.id}.safetensors", ["time"])[0]["time"] for sequence in sequences}
-    write_table(path, frame_table(sequences, predict_sequences(load_run(run), sequences), times))
+    model = load_run(run)
+    for folder, part in (("predictions", split), ("dev", selection)):
+        sequences, times = _part(store, part)
+        table = frame_table(sequences, predict_sequences(model, sequences), times)
+        write_table(out / folder / f"{run.name}.parquet", table.loc[:, :"pred_arousal"] if folder == "dev" else table)
 
 
 def evaluate_runs(
-    runs: str | Path,  # one folder per run, as `training.fit` leaves it
+    runs: str | Path,  # one folder per run, as `training.train_runs` leaves it
     store: str | Path,  # the feature store
     truth: str | Path | None,  # as in `read_truth`
     out: str | Path,  # the evidence folder
@@ -174,23 +218,26 @@ def evaluate_runs(
 ) -> pd.DataFrame:  # `runs.parquet`
     "Predict `split` with every run and write the evidence. No run, a damaged run, and runs selected on different parts raise `DataError`."
     runs, store, out = Path(runs), Path(store), Path(out)
+    _part.cache_clear()  # the store may have been written anew since
     folders = sorted(path.parent for path in runs.glob("*/run.json"))
     if not folders:
         raise DataError(f"{runs}: no run in it (no */run.json); train first")
     records = {folder.name: read_json(folder / "run.json") for folder in folders}
     selection = _selection(records)
-    tasks = [(folder, store, split, out / "predictions" / f"{folder.name}.parquet") for folder in folders]
-    parallel_map(_predict_run, tasks, workers, "predicting")
+    parallel_map(_predict_run, [(folder, store, split, selection, out) for folder in folders], workers, "predicting")
     rows, history = [], []
     for folder in folders:
         info = records[folder.name]
-        key = dict(run=folder.name, model=info["name"], configuration=info["configuration"], seed=info["seed"])
+        key = dict(run=folder.name, model=info.get("label", info["name"]), base=info["name"], kind=info.get("kind", "comparison"),
+                   configuration=info["configuration"], seed=info["seed"])  # a run that `fit` made by itself goes by its model's name
         rows.append(key | {name: info[name] for name in ("epochs", "best_epoch", "dev_p", "parameters")})
         history += [key | epoch for epoch in read_json(folder / "history.json")]
+    signals = pd.concat([signal_table(_part(store, part)[0], part) for part in dict.fromkeys((split, selection))], ignore_index=True)
     table = pd.DataFrame(rows)
     write_table(out / "runs.parquet", table)
     write_table(out / "history.parquet", pd.DataFrame(history))
-    write_table(out / "truth.parquet", read_truth(truth, read_table(tasks[0][3]).trial.unique()))
+    write_table(out / "signals.parquet", signals)
+    write_table(out / "truth.parquet", read_truth(truth, signals.trial.unique()))
     write_json(out / "evidence.json", dict(corpus=corpus_name(corpus), split=split, selection=selection, post_processing="none",
                                            runs=records))
     return table
@@ -202,23 +249,27 @@ class Evidence:
     folder: Path
     runs: pd.DataFrame  # one row a run
     history: pd.DataFrame  # one row a run and epoch
-    truth: pd.DataFrame  # phases and nuisances by trial and frame; may be empty
+    truth: pd.DataFrame  # phases and nuisances by trial and frame of the reported part; may be empty
+    dev_truth: pd.DataFrame  # the same of the part that selected the runs
+    signals: pd.DataFrame  # flags and energy of both parts
     about: dict  # corpus, split, selection, post_processing
     records: dict  # run -> its run.json
 
     def predictions(
         self,
         run: str,  # a name from `runs`
+        part: str = "predictions",  # or "dev", the part that selected the run
+        columns: list[str] | None = None,  # default: all
     ) -> pd.DataFrame:  # one row a frame
         "A run's predictions beside the truth."
-        return read_table(self.folder / "predictions" / f"{run}.parquet")
+        return read_table(self.folder / part / f"{run}.parquet", columns)
 
     def of(
         self,
         model: str,  # such as "sage"
         configuration: str | None = None,  # default: the first in alphabetical order
     ) -> pd.DataFrame:  # rows of `runs`, by seed
-        "The runs of one model in one configuration, over its seeds."
+        "The runs of one label in one configuration, over its seeds."
         rows = self.runs[self.runs.model == model]
         configuration = configuration or min(rows.configuration, default="")
         return rows[rows.configuration == configuration].sort_values("seed")
@@ -230,11 +281,42 @@ def read_evidence(
     "Open an evidence folder. An incomplete one raises `DataError`."
     folder = Path(folder)
     about = read_json(folder / "evidence.json")
-    runs, history, truth = (read_table(folder / f"{name}.parquet") for name in ("runs", "history", "truth"))
-    return Evidence(folder, runs, history, truth, about, about.pop("runs"))
+    runs, history, truth, signals = (read_table(folder / f"{name}.parquet") for name in ("runs", "history", "truth", "signals"))
+    parts = [truth[truth.trial.isin(signals.trial[signals.split == about[part]])].reset_index(drop=True) for part in ("split", "selection")]
+    return Evidence(folder, runs, history, *parts, signals, about, about.pop("runs"))
 
 # %% ../nbs/15_evaluation.ipynb #734d33ab
-LABELS = {"visual": "visual alone", "audio": "audio alone", "concat": "concatenation", "sage": "SAGE"}  # names of models for people
+LABELS = {  # names of models for people, in the order of tables and figures
+    "visual": "visual alone", "audio": "audio alone", "concat": "concatenation", "concat_wide": "concatenation, widened",
+    "concat_readouts": "concatenation with readout losses", "late": "late fusion (mean)", "poe": "product of experts", "gmu": "GMU", "lfan": "LFAN",
+    "can": "CAN", "jca": "JCA", "rjca": "RJCA", "grjca": "GRJCA", "tagf": "TAGF", "crossmodal": "cross-modal transformer", "cold": "COLD",
+    "raav": "RAAV", "sage": "SAGE"}
+REFERENCES = ("best constant", "each video's true mean")
+ORDER = (*REFERENCES, *LABELS)  # of models, in tables and figures
+ABLATIONS = {  # label -> what is changed in SAGE
+    "no_reliability": "no reliability: every weight equal",
+    "shared_stages": "reliability shared over stages",
+    "constant_time": "reliability constant over time",
+    "no_calibration": "no calibration",
+    "calibrate_after": "calibration after training",
+    "no_refinement": "no refinement on calibration subjects",
+    "coupled_gradient": "branch's gradient into the representation",
+    "states_watched": "branch reads states beside cues",
+    "no_ordinal": "no ordinal term",
+    "no_known_order": "no term of the known order",
+    "no_augmentation": "no augmentation",
+    "per_window_loss": "CCC loss of each window on its own",
+    "ungated_messages": "messages not gated by the sender's reliability",
+    "ungated_input": "features not scaled by trust",
+    "gates": "independent gates in place of shares",
+    "summed": "modalities summed, not concatenated",
+    "decision_level": "fusion of decisions",
+    "steps_0": "no interaction step",
+    "steps_2": "two interaction steps",
+    "steps_3": "three interaction steps",
+    "attention_interaction": "cross-attention for interaction",
+    "causal": "causal form",
+}
 
 
 def describe(evidence: Evidence) -> str:
@@ -246,22 +328,23 @@ def describe(evidence: Evidence) -> str:
             f"early stopping and selection on {about['selection']}; post-processing: {about['post_processing']}.")
 
 # %% ../nbs/15_evaluation.ipynb #0b7a75c7
-def simulate_evidence(
-    out: str | Path,  # the folder to write
-    seeds: Iterable[int] = (0, 1, 2),  # one run per model and seed
-    trials: int = 12,  # two trials a group
-    frames: int = 450,  # frames per trial, at 30 a second
-    stages: int = 3,  # states of the interaction, the first before it
-    truth: bool = True,  # with phases and nuisances
-) -> Evidence:
-    "Write evidence that was drawn from a simulation: for tests and for trying tables and figures, never for a report."
-    out, seeds = Path(out), list(seeds)
-    rng = np.random.default_rng(0)
-    smooth = np.exp(-0.5 * (np.arange(-60, 61) / 20) ** 2)
+_SMOOTH = np.exp(-0.5 * (np.arange(-60, 61) / 20) ** 2)
+_SIMULATED = {  # label -> base, kind, shares of both modalities (None = by the true noise), noise of its own, what corruption does to it
+    "visual": ("visual", "comparison", (1, 0), 0.05, 0.5), "audio": ("audio", "comparison", (0, 1), 0.05, 0.5),
+    "concat": ("concat", "comparison", (0.5, 0.5), 0.05, 0.4), "concat_wide": ("concat", "comparison", (0.5, 0.5), 0.06, 0.4),
+    "concat_readouts": ("concat", "comparison", (0.6, 0.4), 0.05, 0.4), "late": ("late", "comparison", (0.4, 0.6), 0.05, 0.35),
+    "cold": ("cold", "comparison", (0.55, 0.45), 0.04, 0.3), "sage": ("sage", "comparison", None, 0.05, 0.15),
+    "no_reliability": ("sage", "ablation", (0.5, 0.5), 0.05, 0.4), "steps_0": ("sage", "ablation", None, 0.1, 0.2)}
 
-    def wander(*shape):
-        path = np.apply_along_axis(np.convolve, 0, rng.normal(size=(frames + 120, *shape)), smooth, "valid")
-        return path / np.sqrt((smooth**2).sum())
+
+def _wander(rng: np.random.Generator, frames: int, *shape: int) -> np.ndarray:  # [frames, *shape], unit variance
+    path = np.apply_along_axis(np.convolve, 0, rng.normal(size=(frames + 120, *shape)), _SMOOTH, "valid")
+    return path / np.sqrt((_SMOOTH**2).sum())
+
+
+def _simulate_trials(rng: np.random.Generator, prefix: str, trials: int, frames: int) -> list[tuple]:
+    "For each trial its sequence, what both modalities see [T, M, 2], their noise [T, M], phases and nuisances."
+    from sage_nb.features import CUES
 
     def spans(names, count):
         column = np.full(frames, "", dtype=object)
@@ -269,62 +352,122 @@ def simulate_evidence(
             column[start : start + 60] = rng.choice(names)
         return column
 
-    sequences, noises, seen, sides = [], [], [], []
+    found = []
     for i in range(trials):
         phase = np.repeat(rng.permutation(["speak", "listen", "react"]), -(-frames // 3))[:frames]
-        nuisances = [spans(names, 3 if i else 0) for names in (["hand", "darkness", "out_of_frame"], ["babble", "silence"])]
-        ok = [nuisances[0] != "out_of_frame", np.full(frames, i != 1)]
-        noise = np.stack([0.25 + 0.2 * (phase == "speak") + 0.9 * (nuisances[0] != ""),
-                          0.35 + 0.5 * (phase != "speak") + 0.7 * (nuisances[1] != "")], 1)
-        va = np.tanh(0.35 * rng.normal(size=2) + 0.3 * wander(2))
-        valid = np.ones(frames, bool)
-        valid[:10] = False
-        sequences.append(Sequence(f"clip{i:02d}", np.zeros((frames, 1)), np.zeros((frames, 1)), va, *ok, valid, group=f"subject{i // 2:02d}"))
-        noises.append(noise)
-        seen.append(np.where(np.stack(ok, 1)[..., None], va[:, None] + 0.5 * noise[..., None] * wander(2, 2), 0))
-        side = pd.DataFrame(dict(trial=sequences[-1].id, frame=np.arange(1, frames + 1), phase=phase,
-                                 visual_nuisance=nuisances[0], audio_nuisance=nuisances[1]))
-        sides.append(side.iloc[:-1])
-    times = {sequence.id: np.arange(frames) / 30 for sequence in sequences}
-    rows, history, records = [], [], {}
-    for model, share in (("visual", (1, 0)), ("audio", (0, 1)), ("concat", (0.5, 0.5)), ("sage", None)):
+        visual, audio = (spans(names, 3 if i else 0) for names in (["hand", "darkness", "out_of_frame"], ["babble", "silence"]))
+        ok = np.stack([visual != "out_of_frame", np.full(frames, i != 1)], 1)
+        noise = np.stack([0.25 + 0.2 * (phase == "speak") + 0.9 * (visual != ""), 0.35 + 0.5 * (phase != "speak") + 0.7 * (audio != "")], 1)
+        va = np.tanh(0.35 * rng.normal(size=2) + 0.3 * _wander(rng, frames, 2))
+        energy = np.stack([0.5 - 0.3 * (visual == "darkness"), -30 + 4 * (audio == "babble") - 8 * (audio == "silence")], 1)
+        cues = np.zeros((frames, len(CUES)), np.float32)
+        cues[:, [CUES.index(cue) for cue in SIGNALS.values()]] = np.where(ok, energy + np.multiply([0.1, 3], _wander(rng, frames, 2)), np.nan)
+        seen = np.where(ok[..., None], va[:, None] + 0.5 * noise[..., None] * _wander(rng, frames, 2, 2), 0)
+        sequence = Sequence(f"{prefix}{i:02d}", np.zeros((frames, 1)), np.zeros((frames, 1)), va, *ok.T, np.arange(frames) >= 10,
+                            cues, f"{prefix}subject{i // 2:02d}")
+        side = pd.DataFrame(dict(trial=sequence.id, frame=np.arange(1, frames + 1, dtype=np.int32), phase=phase, visual_nuisance=visual, audio_nuisance=audio))
+        found.append((sequence, seen, noise, side.iloc[:-1]))
+    return found
+
+
+def _simulate_prediction(rng: np.random.Generator, trial: tuple, share: tuple | None, error: float, stages: int) -> Prediction:
+    sequence, seen, noise, _ = trial
+    ok, T = np.stack([sequence.visual_ok, sequence.audio_ok], 1), len(sequence)
+    weight = ok / noise**2 if share is None else np.broadcast_to(share, ok.shape)
+    weight = weight / np.maximum(weight.sum(1, keepdims=True), 1e-6)
+    va = np.clip((weight[..., None] * seen).sum(1) + error * _wander(rng, T, 2), -1, 1)
+    if share is not None:
+        return Prediction(sequence.id, va)
+    variance = (0.25 * (weight * noise) ** 2).sum(1, keepdims=True).repeat(2, 1) + error**2
+    variance[~ok.any(1)] = 0.2
+    doubt = (noise[..., None] / 0.6) ** 2 * np.exp(0.8 * _wander(rng, T, 2, 1) - 0.2 * np.arange(stages))
+    alone = np.broadcast_to(2 * np.log(0.5 * noise)[..., None, None], (T, 2, stages, 2))
+    return Prediction(sequence.id, va, np.log(variance), 1 / (1 + doubt), 2 * weight[..., None] * np.full(stages, 1 / stages),
+                      np.log(variance) - 1, 1.645 * np.sqrt(variance), np.repeat(seen[:, :, None], stages, 2), alone, 0.6 * alone - 1)
+
+
+def _simulate_robustness(rng: np.random.Generator, table: pd.DataFrame, share: tuple, harm: float) -> list[dict]:
+    "Moments by group when corruption of what a model listens to adds noise that wanders."
+    from sage_nb.corruption import conditions
+
+    said, truth, valid = _arrays(table)
+    groups = {name: ((table.group == name) & valid).to_numpy() for name in sorted(table.group.unique())}
+    rows = []
+    for condition in conditions():
+        heard = 2 * dict(zip(MODALITIES, share)).get(condition.modality, min(share))
+        worse = said + heard * harm * condition.severity / 3 * _wander(rng, len(said), 2)
+        for group, chosen in groups.items():
+            sums = moments(worse, truth, chosen)
+            rows.append(condition._asdict() | dict(group=group) | {f"{name}_{axis}": sums[i, j] for i, axis in enumerate(AXES) for j, name in enumerate(MOMENTS)})
+    return rows
+
+
+def _simulate_corrupted(rng: np.random.Generator, table: pd.DataFrame, run: str) -> pd.DataFrame:
+    "Reliability when the middle half of every second trial is corrupted."
+    from sage_nb.corruption import conditions
+
+    table = table[table.trial.isin(sorted(table.trial.unique())[::2])]
+    corrupted = table.frame.between(*(table.groupby("trial").frame.transform("max") * share for share in (0.25, 0.75)))
+    parts = []
+    for family, level, modality, severity, _ in conditions():
+        if level == "media":
+            drop = 0.1 * severity * corrupted + 0.05 * rng.normal(size=len(table))
+            reliability = {f"reliability_{m}_0": (table[f"reliability_{m}_0"] - drop * (m == modality)).clip(0, 1).astype(np.float32) for m in MODALITIES}
+            energy = (0.5 - 0.1 * severity * corrupted + 0.2 * rng.normal(size=len(table))).astype(np.float32)
+            parts.append(pd.DataFrame(dict(run=run, family=family, modality=modality, severity=severity, trial=table.trial, frame=table.frame, corrupted=corrupted,
+                                           ok=table[f"{modality}_ok"], energy=energy, **reliability)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def simulate_evidence(
+    out: str | Path,  # the folder to write
+    seeds: Iterable[int] = (0, 1, 2),  # one run per label and seed
+    trials: int = 12,  # two trials a group; half as many on dev
+    frames: int = 450,  # frames per trial, at 30 a second
+    stages: int = 3,  # states of the interaction, the first before it
+    truth: bool = True,  # with phases and nuisances
+    models: Iterable[str] = tuple(_SIMULATED),  # labels
+) -> Evidence:
+    "Write evidence that was drawn from a simulation: for tests and for trying tables and figures, never for a report."
+    out, seeds = Path(out), list(seeds)
+    rng = np.random.default_rng(0)
+    parts = {"predictions": _simulate_trials(rng, "clip", trials, frames), "dev": _simulate_trials(rng, "dev", max(trials // 2, 2), frames)}
+    times = {sequence.id: np.arange(frames) / 30 for part in parts.values() for sequence, *_ in part}
+    rows, history, records, robustness, corrupted = [], [], {}, [], []
+    for model in models:
+        base, kind, share, error, harm = _SIMULATED[model]
         for seed in seeds:
-            run, said = f"{model}-{seed}", []
-            for sequence, noise, both in zip(sequences, noises, seen):
-                ok = np.stack([sequence.visual_ok, sequence.audio_ok], 1)
-                weight = ok / noise**2 if share is None else np.broadcast_to(share, ok.shape)
-                weight = weight / np.maximum(weight.sum(1, keepdims=True), 1e-6)
-                va = np.tanh((weight[..., None] * both).sum(1) + 0.05 * wander(2))
-                if share is not None:
-                    said.append(Prediction(sequence.id, va))
-                    continue
-                stage = np.arange(stages)
-                doubt = (noise[..., None] / 0.6) ** 2 * np.exp(0.2 * wander(2, 1) - 0.2 * stage)
-                spread = np.log(0.05 + 0.1 * (1 / noise**2).sum(1, keepdims=True) ** -0.5).repeat(2, 1)
-                said.append(Prediction(sequence.id, va, spread, 1 / (1 + doubt), 2 * weight[..., None] * np.full(stages, 1 / stages)))
-            table = frame_table(sequences, said, times)
-            write_table(out / "predictions" / f"{run}.parquet", table)
+            run, rng = f"{model}-{seed}", np.random.default_rng([list(_SIMULATED).index(model), seed])
+            for folder, part in parts.items():
+                said = [_simulate_prediction(rng, trial, share, error, 1 if model == "steps_0" else stages) for trial in part]
+                table = frame_table([sequence for sequence, *_ in part], said, times)
+                write_table(out / folder / f"{run}.parquet", table.loc[:, :"pred_arousal"] if folder == "dev" else table)
+                if folder == "predictions":
+                    key = dict(run=run, model=model, configuration="equal", seed=seed)
+                    robustness += [key | row for row in _simulate_robustness(rng, table, share or (0.5, 0.5), harm)]
+                    if model == "sage" and truth:
+                        corrupted.append(_simulate_corrupted(rng, table, run))
             epoch = np.arange(12)
             dev = 0.6 * (1 - np.exp(-epoch / 3)) + 0.02 * rng.normal(size=12)
-            key = dict(run=run, model=model, configuration="equal", seed=seed)
+            key = dict(run=run, model=model, base=base, kind=kind, configuration="equal", seed=seed)
             kept = int(np.where(epoch >= 8 * (share is None), dev, 0).argmax())
             rows.append(key | dict(epochs=12, best_epoch=kept, dev_p=dev[kept], parameters=1000))
             history += [key | dict(epoch=int(e), train_loss=1 - 0.9 * dev[e], dev_p=dev[e], learning_rate=1e-3,
                                    eligible=bool(share is not None or e >= 8)) for e in epoch]
-            records[run] = dict(recipe=dict(name=model), configuration="equal", settings={}, seed=seed, fingerprint=value_hash(key))
+            records[run] = dict(recipe=dict(name=base), label=model, kind=kind, configuration="equal", settings={}, seed=seed, fingerprint=value_hash(key))
     write_table(out / "runs.parquet", pd.DataFrame(rows))
     write_table(out / "history.parquet", pd.DataFrame(history))
-    write_table(out / "truth.parquet", pd.concat(sides) if truth else read_truth(None, []))
+    write_table(out / "robustness.parquet", pd.DataFrame(robustness))
+    if corrupted:
+        write_table(out / "corrupted_reliability.parquet", pd.concat(corrupted, ignore_index=True))
+    splits = dict(zip(parts, ("validation", "dev")))
+    write_table(out / "signals.parquet", pd.concat([signal_table([s for s, *_ in part], splits[name]) for name, part in parts.items()], ignore_index=True))
+    write_table(out / "truth.parquet", pd.concat([side for part in parts.values() for *_, side in part]) if truth else read_truth(None, []))
     write_json(out / "evidence.json", dict(corpus="simulated evidence, no measurement", split="validation", selection="dev",
                                            post_processing="none", runs=records))
     return read_evidence(out)
 
 # %% ../nbs/15_evaluation.ipynb #b24262f1
-def _arrays(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Prediction [N, 2], truth [N, 2] and valid [N]."
-    return table[[f"pred_{axis}" for axis in AXES]].to_numpy(float), table[list(AXES)].to_numpy(float), table.valid.to_numpy()
-
-
 def frame_scores(
     table: pd.DataFrame,  # frames, as `Evidence.predictions` gives them
 ) -> dict[str, float]:  # ccc_valence, ccc_arousal, p
@@ -338,9 +481,6 @@ def run_scores(evidence: Evidence) -> pd.DataFrame:  # run, model, configuration
     return pd.concat([evidence.runs[["run", "model", "configuration", "seed"]], scores], axis=1)
 
 # %% ../nbs/15_evaluation.ipynb #afed6754
-REFERENCES = ("best constant", "each video's true mean")
-
-
 def reference_predictions(
     table: pd.DataFrame,  # frames with the truth, of any run
 ) -> dict[str, pd.DataFrame]:  # name -> the same frames with the reference's predictions
@@ -351,69 +491,189 @@ def reference_predictions(
             for name, values in zip(REFERENCES, (constant, video))}
 
 # %% ../nbs/15_evaluation.ipynb #56e33192
-ORDER = (*REFERENCES, "visual", "audio", "concat", "late", "poe", "gmu", "lfan", "can", "jca", "rjca", "grjca", "tagf", "crossmodal",
-         "cold", "raav", "sage")  # of models, in tables and figures
+def conventions(
+    pred: np.ndarray,  # [N, 2], the frames of a trial in order
+    truth: np.ndarray,  # [N, 2]
+    valid: np.ndarray,  # [N] bool
+    trials: np.ndarray,  # [N] the trial of each frame
+) -> dict[str, float]:  # p_video, p_window, p_within, p_between
+    "P, the mean of both concordances, by other conventions than the official one."
+    scores = []
+    for x, y in zip(pred.T, np.where(valid[:, None], truth, 0).T):
+        scores.append([ccc_per_video(x, y, trials, valid), ccc_per_window(x, y, trials, valid), *ccc_within_between(x, y, trials, valid)])
+    return dict(zip(("p_video", "p_window", "p_within", "p_between"), np.mean(scores, 0)))
 
 
-def model_keys(evidence: Evidence) -> list[tuple[str, str]]:  # (model, configuration)
-    "The models of the evidence, by configuration and then in the order of tables and figures."
-    keys = set(zip(evidence.runs.model, evidence.runs.configuration))
-    return sorted(keys, key=lambda key: (key[1], ORDER.index(key[0]) if key[0] in ORDER else -1, key[0]))
+SMOOTHING = (1, 9, 25, 45, 75, 121, 181, 271, 401)  # frames
+
+
+def moving_average(
+    values: np.ndarray,  # [..., N, D]
+    trials: np.ndarray,  # [N] the trial of each frame; a trial's frames lie together
+    window: int,  # frames, odd
+) -> np.ndarray:  # [..., N, D]
+    "Centred mean over `window` frames of the same trial, fewer at its ends."
+    place = np.arange(len(trials))
+    starts = np.flatnonzero(np.r_[True, trials[1:] != trials[:-1]])
+    own = np.searchsorted(starts, place, "right") - 1
+    low, high = np.maximum(starts[own], place - window // 2), np.minimum(np.r_[starts[1:], len(trials)][own], place + window // 2 + 1)
+    total = np.cumsum(np.concatenate([np.zeros_like(values[..., :1, :]), values], -2), -2)
+    return (total[..., high, :] - total[..., low, :]) / (high - low)[:, None]
+
+
+def choose_window(
+    pred: np.ndarray,  # [K, N, 2] of K seeds, on the part that chooses
+    truth: np.ndarray,  # [N, 2]
+    valid: np.ndarray,  # [N] bool
+    trials: np.ndarray,  # [N]
+) -> int:  # one of SMOOTHING
+    "The window whose moving average has the best P, averaged over seeds."
+    return SMOOTHING[int(np.argmax([np.mean([va_scores(run, truth, valid)["p"] for run in moving_average(pred, trials, window)]) for window in SMOOTHING]))]
+
+# %% ../nbs/15_evaluation.ipynb #3df368c9
+def model_keys(
+    evidence: Evidence,
+    kind: str | None = None,  # "comparison" or "ablation"; default: both
+) -> list[tuple[str, str]]:  # (label, configuration)
+    "The labels of the evidence, by configuration and then in the order of tables and figures: baselines, others, SAGE, its ablations."
+    runs = evidence.runs if kind is None else evidence.runs[evidence.runs.kind == kind]
+    rank = {name: i for i, name in enumerate((*ORDER, *ABLATIONS))}
+    return sorted(set(zip(runs.model, runs.configuration)), key=lambda key: (key[1], rank.get(key[0], rank["sage"] - 0.5), key[0]))
+
+
+_SHARED = ["trial", "group", "frame", "valid", *AXES]
+
+
+def _said(evidence: Evidence, runs: pd.DataFrame, first: pd.DataFrame, part: str = "predictions") -> np.ndarray:  # [K, N, 2]
+    "What several runs say of the same frames."
+    said = []
+    for run in runs.itertuples():
+        table = evidence.predictions(run.run, part, [*_SHARED, "pred_valence", "pred_arousal"])
+        if not table[_SHARED].equals(first[_SHARED]):
+            raise DataError(f"{evidence.folder}: runs of {run.model} cover other frames or labels than the others; evaluate all runs again")
+        said.append(_arrays(table)[0])
+    return np.stack(said)
+
+
+COMPARISON = ["model", "configuration", "seeds", "ccc_valence", "ccc_arousal", "p", "p_std", "p_low", "p_high", "sage_gain", "sage_gain_low",
+              "sage_gain_high", "p_value", "p_holm", "verdict", "dev_p", "parameters", "p_video", "p_window", "p_within", "p_between", "window", "p_smoothed"]
 
 
 def comparison(
     evidence: Evidence,
-    resamples: int = 2000,  # bootstrap draws of groups
+    resamples: int = 10_000,  # bootstrap draws of groups
     seed: int = 0,  # of the draws
-) -> pd.DataFrame:
-    """One row per reference, then per configuration and model: model, configuration, seeds (how many), ccc_valence, ccc_arousal, p
-    (means over seeds), p_std (over seeds, n - 1; missing with one seed), p_low, p_high (95 % percentile interval over groups), and
-    sage_gain, sage_gain_low, sage_gain_high: P of SAGE in the same configuration less P of this row, with its interval.
-    Runs that cover different frames raise `DataError`."""
-    entries = {}
-    for key in model_keys(evidence):
-        entries[key] = [evidence.predictions(run) for run in evidence.of(*key).run]
-    first = next(iter(entries.values()))[0]
-    entries = {(name, "reference"): [said] for name, said in reference_predictions(first).items()} | entries
-    shared = ["trial", "group", "frame", "valid", *AXES]
-    results = {}
-    for (model, configuration), tables in entries.items():
-        if not all(table[shared].equals(first[shared]) for table in tables):
-            raise DataError(f"{evidence.folder}: runs of {model} cover other frames or labels than the others; evaluate all runs again")
-        predictions = np.stack([_arrays(table)[0] for table in tables])
-        _, truth, valid = _arrays(first)
-        results[model, configuration] = bootstrap_by_group(predictions, truth, first.group.to_numpy(), valid, resamples, seed)
-    sages = [configuration for model, configuration in results if model == "sage"]
+) -> pd.DataFrame:  # columns as in COMPARISON
+    """One row per reference, then per configuration and label of the comparison: how many seeds; ccc_valence, ccc_arousal, p (means over
+    seeds), p_std (over seeds, n - 1; missing with one seed), p_low, p_high (95 % percentile interval over groups); sage_gain, sage_gain_low,
+    sage_gain_high: P of SAGE in the same configuration less P of this row; p_value of that difference, p_holm over the configuration's
+    baselines, verdict ("SAGE above", "SAGE below", "not told apart"; at .05); dev_p (mean over seeds), parameters; P by other conventions;
+    the smoothing window chosen on dev and P with it (missing where the reported part itself selected). Runs that cover different frames
+    raise `DataError`."""
+    keys = model_keys(evidence, "comparison")
+    shown = evidence.runs.run.iloc[0]
+    first = evidence.predictions(shown)
+    _, truth, valid = _arrays(first)
+    groups, trials = first.group.to_numpy(), first.trial.factorize()[0]
+    entries = {(name, "reference"): _arrays(said)[0][None] for name, said in reference_predictions(first).items()}
+    entries |= {key: _said(evidence, evidence.of(*key), first) for key in keys}
+    results = {key: bootstrap_by_group(said, truth, groups, valid, resamples, seed) for key, said in entries.items()}
+    choosing = evidence.predictions(shown, "dev") if keys and evidence.about["selection"] != evidence.about["split"] else None
+    sages = [configuration for model, configuration in keys if model == "sage"]
     rows = []
     for (model, configuration), result in results.items():
-        trained = configuration != "reference"
-        spread = [frame_scores(table)["p"] for table in entries[model, configuration]]
+        said, trained = entries[model, configuration], configuration != "reference"
+        spread = [va_scores(run, truth, valid)["p"] for run in said]
         (valence, arousal, p), (low, high) = result.value, result.interval()
-        row = dict(model=model, configuration=configuration, seeds=len(spread) if trained else 0, ccc_valence=valence, ccc_arousal=arousal,
+        row = dict(model=model, configuration=configuration, seeds=len(said) if trained else 0, ccc_valence=valence, ccc_arousal=arousal,
                    p=p, p_std=np.std(spread, ddof=1) if len(spread) > 1 else np.nan, p_low=low[2], p_high=high[2])
+        row |= pd.DataFrame([conventions(run, truth, valid, trials) for run in said]).mean().to_dict()
         against = configuration if trained else next(iter(sages), None)
         if against in sages and model != "sage":
             gain = results["sage", against] - result
             low, high = gain.interval()
-            row |= dict(sage_gain=gain.value[2], sage_gain_low=low[2], sage_gain_high=high[2])
+            row |= dict(sage_gain=gain.value[2], sage_gain_low=low[2], sage_gain_high=high[2], p_value=gain.p_value()[2] if trained else np.nan)
+        if trained:
+            runs = evidence.of(model, configuration)
+            row |= dict(dev_p=runs.dev_p.mean(), parameters=runs.parameters.iloc[0])
+            if choosing is not None:
+                window = choose_window(_said(evidence, runs, choosing, "dev"), *_arrays(choosing)[1:], choosing.trial.factorize()[0])
+                smoothed = moving_average(said, trials, window)
+                row |= dict(window=window, p_smoothed=np.mean([va_scores(run, truth, valid)["p"] for run in smoothed]))
         rows.append(row)
-    columns = ["model", "configuration", "seeds", "ccc_valence", "ccc_arousal", "p", "p_std", "p_low", "p_high",
-               "sage_gain", "sage_gain_low", "sage_gain_high"]
-    return pd.DataFrame(rows).reindex(columns=columns)
-
-# %% ../nbs/15_evaluation.ipynb #3df368c9
-def auroc(
-    high: np.ndarray,  # values that should be the larger
-    low: np.ndarray,  # values that should be the smaller
-) -> float:  # in [0, 1]; missing if one side is empty
-    "Probability that a value of `high` exceeds one of `low`, ties counting half (Mann and Whitney, 1947)."
-    if not len(high) or not len(low):
-        return float("nan")
-    low = np.sort(low)
-    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
-    return float(below.mean() / (2 * len(low)))
+    table = pd.DataFrame(rows).reindex(columns=COMPARISON)
+    table["p_holm"] = table.groupby("configuration").p_value.transform(lambda p: holm(p.to_numpy()))
+    told = table.p_holm < 0.05
+    table["verdict"] = np.where(table.p_holm.isna(), "", np.where(~told, "not told apart", np.where(table.sage_gain > 0, "SAGE above", "SAGE below")))
+    return table.astype({"window": "Int64", "parameters": "Int64"})
 
 # %% ../nbs/15_evaluation.ipynb #da2c5474
+def ablation(
+    evidence: Evidence,
+    configuration: str = "equal",
+    resamples: int = 2000,  # bootstrap draws of groups
+    seed: int = 0,  # of the draws
+) -> pd.DataFrame:
+    """SAGE, then one row per ablation: model, changed (in words), seeds, ccc_valence, ccc_arousal, p, p_std; gain, gain_low, gain_high: P of
+    the row less P of SAGE on the shared seeds, with its 95 % interval over groups; auroc_visual, auroc_audio (nuisance, stage 0) and ence
+    (of the estimate, 5 bins; both axes' mean) where there is reliability; parameters. Without SAGE it is empty."""
+    columns = ["model", "changed", "seeds", "ccc_valence", "ccc_arousal", "p", "p_std", "gain", "gain_low", "gain_high", "auroc_visual",
+               "auroc_audio", "ence", "parameters"]
+    sage, rows = evidence.of("sage", configuration), []
+    if sage.empty:
+        return pd.DataFrame(columns=columns)
+    first = evidence.predictions(sage.run.iloc[0])
+    _, truth, valid = _arrays(first)
+    for model in ["sage", *(model for model, own in model_keys(evidence, "ablation") if own == configuration)]:
+        runs = evidence.of(model, configuration)
+        said = _said(evidence, runs, first)
+        each = pd.DataFrame([va_scores(run, truth, valid) for run in said])
+        row = dict(model=model, changed=ABLATIONS.get(model, "nothing" if model == "sage" else model), seeds=len(runs), **each.mean(),
+                   p_std=each.p.std(), parameters=runs.parameters.iloc[0])
+        shared = sorted(set(runs.seed) & set(sage.seed))
+        if model != "sage" and shared:
+            pair = [bootstrap_by_group(_said(evidence, part[part.seed.isin(shared)], first), truth, first.group, valid, resamples, seed)
+                    for part in (runs, sage)]
+            gain = pair[0] - pair[1]
+            low, high = gain.interval()
+            row |= dict(gain=gain.value[2], gain_low=low[2], gain_high=high[2])
+        areas = reliability_auroc(evidence, model, configuration).query("stage == 0").groupby("modality").auroc.mean()
+        row |= {f"auroc_{modality}": areas.get(modality, np.nan) for modality in MODALITIES} | dict(ence=_ence(evidence, runs))
+        rows.append(row)
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def _ence(evidence: Evidence, runs: pd.DataFrame) -> float:
+    "ENCE of the estimate, 5 bins, mean over runs and axes; missing without a variance."
+    found = []
+    for run in runs.run:
+        table = evidence.predictions(run)
+        table = table[table.valid]
+        found += [ence(table[f"pred_{axis}"], table[axis], np.exp(table[f"log_var_{axis}"]), bins=5) for axis in AXES if f"log_var_{axis}" in table]
+    return float(np.mean(found)) if found else np.nan
+
+# %% ../nbs/15_evaluation.ipynb #f8e9be16
+def truth_masks(
+    truth: pd.DataFrame,  # T rows with phase, visual_nuisance, audio_nuisance; rows that the side file lacks may be missing
+) -> dict[str, np.ndarray]:  # [T] bool each
+    """Frames by what the side file knows: `visual_clean`, `visual_disturbed`, `audio_clean`, `audio_disturbed`; `own_voice`, the subject speaks
+    and nothing lies over the sound; `own_disturbed`, the subject speaks under an audio nuisance; `other_voice`, the subject listens undisturbed."""
+    known = truth.phase.notna()
+    masks = {}
+    for modality in MODALITIES:
+        clean = truth[f"{modality}_nuisance"] == ""
+        masks |= {f"{modality}_clean": known & clean, f"{modality}_disturbed": known & ~clean}
+    masks |= dict(own_voice=masks["audio_clean"] & (truth.phase == "speak"), own_disturbed=masks["audio_disturbed"] & (truth.phase == "speak"),
+                  other_voice=masks["audio_clean"] & (truth.phase == "listen"))
+    return {name: mask.to_numpy(bool) for name, mask in masks.items()}
+
+
+TASKS = {  # question -> modality, frames that should be the more reliable, frames that should be the less
+    "visual nuisance": ("visual", "visual_clean", "visual_disturbed"),
+    "audio nuisance": ("audio", "own_voice", "own_disturbed"),
+    "own voice": ("audio", "own_voice", "other_voice")}
+
+# %% ../nbs/15_evaluation.ipynb #f077e8f9
 def reliability_frames(
     evidence: Evidence,
     run: str,  # a run of a model with reliability
@@ -432,18 +692,18 @@ def reliability_auroc(
     model: str = "sage",
     configuration: str | None = None,  # as in `Evidence.of`
 ) -> pd.DataFrame:  # seed, modality, stage, clean and nuisance (numbers of frames), auroc, auroc_own (audio only)
-    """How well reliability ranks a modality's frames free of its own nuisances above those under them (`auroc`), and the subject's own
-    undisturbed voice above all other sound (`auroc_own`, missing for the visual modality); by seed, modality and stage."""
+    """How well reliability ranks frames free of the modality's own nuisances above those under them (`auroc`; for sound while the subject
+    speaks), and the subject's own voice above somebody else's (`auroc_own`, audio only); by seed, modality and stage. See `TASKS`."""
     rows = []
     for run in evidence.of(model, configuration).itertuples():
         frames = reliability_frames(evidence, run.run)
         for (modality, stage), part in frames.groupby(["modality", "stage"], sort=False) if len(frames) else ():
-            part = part[part.observed & part.phase.notna()]
-            clean = part[f"{modality}_nuisance"] == ""
-            own = clean & (part.phase == "speak")
-            area, area_own = (auroc(part.reliability[good].to_numpy(), part.reliability[~good].to_numpy()) for good in (clean, own))
-            rows.append(dict(seed=run.seed, modality=modality, stage=stage, clean=int(clean.sum()), nuisance=int((~clean).sum()),
-                             auroc=area, auroc_own=area_own if modality == "audio" else np.nan))
+            part = part[part.observed]
+            masks, values = truth_masks(part), part.reliability.to_numpy()
+            (_, clean, disturbed), own = TASKS[f"{modality} nuisance"], TASKS["own voice"]
+            rows.append(dict(seed=run.seed, modality=modality, stage=stage, clean=int(masks[clean].sum()), nuisance=int(masks[disturbed].sum()),
+                             auroc=auroc(values[masks[clean]], values[masks[disturbed]]),
+                             auroc_own=auroc(values[masks[own[1]]], values[masks[own[2]]]) if modality == own[0] else np.nan))
     return pd.DataFrame(rows, columns=["seed", "modality", "stage", "clean", "nuisance", "auroc", "auroc_own"])
 
 
@@ -472,3 +732,133 @@ def reliability_by(
                 rows.append(dict(seed=run.seed, modality=modality, stage=stage, kind=kind, name=name, frames=len(part),
                                  reliability=part.reliability.mean(), weight=part.weight.mean()))
     return pd.DataFrame(rows, columns=["seed", "modality", "stage", "kind", "name", "frames", "reliability", "weight"])
+
+# %% ../nbs/15_evaluation.ipynb #cea222cf
+def energy_readings(
+    signals: pd.DataFrame,  # frames in order, with trial, and the columns of `signal_table`
+    modality: str,  # "visual" or "audio"
+) -> dict[str, np.ndarray]:  # words -> [N], larger = more reliable; missing where not observed
+    "What flags and energy alone can say of a modality's reliability."
+    other = MODALITIES[1 - MODALITIES.index(modality)]
+    flag, energy = signals[f"{other}_ok"].to_numpy(float), signals[f"{modality}_energy"].astype(float)
+    readings = {f"{other} observed": flag, f"{other} not observed": -flag}
+    by_trial = energy.groupby(signals.trial.to_numpy())
+    for words, value in (("energy", energy), ("mean energy", by_trial.transform(lambda e: e.rolling(15, center=True, min_periods=1).mean()))):
+        centred = value - by_trial.transform("median")
+        readings |= {words: value, f"low {words}": -value, f"{words} above the clip's median": centred, f"{words} below the clip's median": -centred,
+                     f"{words} far from the clip's median": centred.abs(), f"{words} near the clip's median": -centred.abs()}
+    return {words: np.asarray(value, float) for words, value in readings.items()}
+
+
+def _tasks(signals: pd.DataFrame, truth: pd.DataFrame) -> dict[str, tuple[str, np.ndarray, np.ndarray, pd.DataFrame]]:
+    "Question -> modality, frames of either side (observed ones), the side file's columns."
+    side = signals[["trial", "frame"]].merge(truth, on=["trial", "frame"], how="left")
+    masks = truth_masks(side)
+    return {task: (m, *(masks[name] & signals[f"{m}_ok"].to_numpy(bool) for name in names), side) for task, (m, *names) in TASKS.items()}
+
+
+def _measured(name: str, result: Bootstrap) -> dict[str, float]:
+    low, high = result.interval()
+    return {name: float(result.value), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _groups(table: pd.DataFrame) -> tuple[np.ndarray, int]:
+    "Number of each frame's group, and of groups."
+    owners, names = table.group.factorize(sort=True)
+    return owners, len(names)
+
+
+def detection(
+    evidence: Evidence,
+    model: str = "sage",
+    configuration: str | None = None,  # as in `Evidence.of`
+    resamples: int = 1000,  # bootstrap draws of groups
+    seed: int = 0,  # of the draws
+) -> pd.DataFrame:
+    """One row per question of `TASKS`, over all nuisances and for each: task, kind, reliable and unreliable (numbers of frames); auroc of
+    reliability at stage 0, mean over seeds, baseline, that of flags and energy, and gain, their difference, each with its 95 % interval over
+    groups (_low, _high); reading: how the baseline reads, chosen on dev. Then the corruptions of raw media at severity 2 and 3, the baseline reading
+    as for nuisances: frames that would be reliable, untouched against corrupted. Without reliability or side files it is empty."""
+    columns = ["task", "kind", "reliable", "unreliable", *(f"{name}{end}" for name in ("auroc", "baseline", "gain") for end in ("", "_low", "_high")), "reading"]
+    runs, rows = evidence.of(model, configuration), []
+    if evidence.truth.empty or runs.empty or "reliability_visual_0" not in (first := evidence.predictions(runs.run.iloc[0])):
+        return pd.DataFrame(columns=columns)
+    wanted = [f"reliability_{modality}_0" for modality in MODALITIES]
+    values = {run: evidence.predictions(run, columns=wanted) for run in runs.run}
+    owners, groups = _groups(first)
+    signals = first[["trial", "frame"]].merge(evidence.signals, on=["trial", "frame"], how="left", validate="one_to_one")
+    dev = evidence.signals[evidence.signals.split == evidence.about["selection"]]
+    for (task, (modality, high, low, side)), (_, dev_high, dev_low, _) in zip(_tasks(signals, evidence.truth).items(), _tasks(dev, evidence.dev_truth).values()):
+        readings = energy_readings(dev, modality)
+        reading = max(readings, key=lambda words: np.nan_to_num(auroc(readings[words][dev_high], readings[words][dev_low]), nan=0))
+        read = energy_readings(signals, modality)[reading]
+        kinds = sorted(set(side[f"{modality}_nuisance"][low])) if task != "own voice" else []
+        for kind, less in [("all", low), *((kind, low & (side[f"{modality}_nuisance"] == kind).to_numpy()) for kind in kinds)]:
+            found, base = (resample(average([auroc_statistic(value, high, less, owners, groups) for value in part]), groups, resamples, seed)
+                           for part in ([table[f"reliability_{modality}_0"].to_numpy() for table in values.values()], [read]))
+            rows.append(dict(task=task, kind=kind, reliable=int(high.sum()), unreliable=int(less.sum()), reading=reading) | _measured("auroc", found)
+                        | _measured("baseline", base) | _measured("gain", found - base))
+    if (path := evidence.folder / "corrupted_reliability.parquet").is_file():
+        corrupted = read_table(path)
+        corrupted = corrupted[(corrupted.severity >= 2) & corrupted.ok & corrupted.run.isin(runs.run)]
+        corrupted = corrupted.merge(first[["trial", "group"]].drop_duplicates(), on="trial").merge(evidence.truth, on=["trial", "frame"], how="left")
+        corrupted = corrupted.merge(signals[["trial", "frame", *(f"{m}_ok" for m in MODALITIES)]], on=["trial", "frame"], how="left")
+        readings = {row["task"]: row["reading"] for row in rows}
+        for (family, modality), part in corrupted.sort_values(["run", "severity", "trial", "frame"]).groupby(["family", "modality"], sort=True):
+            parts = [one for _, one in part.groupby("run", sort=True)]  # runs see the same frames
+            one = parts[0]
+            reliable = truth_masks(one)[TASKS[f"{modality} nuisance"][1]]
+            counts, (owners, groups) = [reliable & (one.corrupted == state).to_numpy() for state in (False, True)], _groups(one)
+            clips = one.assign(trial=one.trial + "/" + one.severity.astype(str), **{f"{modality}_energy": one.energy})
+            values = [other[f"reliability_{modality}_0"].to_numpy() for other in parts], [energy_readings(clips, modality)[readings[f"{modality} nuisance"]]]
+            found, base = (resample(average([auroc_statistic(value, *counts, owners, groups) for value in side]), groups, resamples, seed) for side in values)
+            rows.append(dict(task=f"{modality} corruption", kind=family, reading=readings[f"{modality} nuisance"], reliable=int(counts[0].sum()), unreliable=int(counts[1].sum()))
+                        | _measured("auroc", found) | _measured("baseline", base) | _measured("gain", found - base))
+    return pd.DataFrame(rows, columns=columns)
+
+# %% ../nbs/15_evaluation.ipynb #9bff05e2
+def calibration(
+    evidence: Evidence,
+    model: str = "sage",
+    configuration: str | None = None,  # as in `Evidence.of`
+    resamples: int = 1000,  # bootstrap draws of groups
+    seed: int = 0,  # of the draws
+) -> pd.DataFrame:
+    """One row for the estimate and for each readout (modality, first and last stage), by axis and for the mean of both: what, axis, frames;
+    rank_correlation, ence_before, ence_after, coverage_before, coverage_after, means over seeds, each with its 95 % interval over groups
+    (_low, _high). Only labelled frames count, for a readout those in which its modality was observed. What a model does not state is missing."""
+    runs = evidence.of(model, configuration)
+    names = ["rank_correlation", "ence_before", "ence_after", "coverage_before", "coverage_after"]
+    columns = ["what", "axis", "frames", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))]
+    if runs.empty or "log_var_valence" not in (first := evidence.predictions(runs.run.iloc[0])):
+        return pd.DataFrame(columns=columns)
+    owners, groups = _groups(first)
+    entries = {"estimate": ("pred", "log_var", "raw_log_var", "half_width", first.valid)}
+    stages = sorted(int(column.split("_")[2]) for column in first if column.startswith("readout_visual_") and column.endswith("_valence"))
+    for modality in MODALITIES:
+        entries |= {f"{modality} readout, stage {s}": (*(f"{name}_{modality}_{s}" for name in ("readout", "readout_log_var", "raw_readout_log_var", "none")),
+                                                       first.valid & first[f"{modality}_ok"]) for s in stages}
+    statistics = {}
+    for run in runs.run:
+        table = evidence.predictions(run)
+        for what, (*prefixes, chosen) in entries.items():
+            part, own = table[chosen], owners[chosen]
+            for axis in AXES:
+                pred, after, before, half = (part[name].to_numpy(float) if (name := f"{prefix}_{axis}") in part else None for prefix in prefixes)
+                truth = part[axis].to_numpy(float)
+                error = np.abs(pred - truth)
+                found = dict(rank_correlation=spearman_statistic(after, error, own, groups))
+                for when, log_var, width in (("before", before, None), ("after", after, half)):
+                    if log_var is not None:
+                        found[f"ence_{when}"] = ence_statistic(pred, truth, np.exp(log_var), own, groups)
+                        found[f"coverage_{when}"] = mean_statistic(error <= (1.645 * np.exp(log_var / 2) if width is None else width), own, groups)
+                for name, statistic in found.items():
+                    statistics.setdefault((what, axis, name), []).append(statistic)
+    drawn = {key: resample(average(part), groups, resamples, seed) for key, part in statistics.items()}
+    for what, name in {(what, name): 0 for what, _, name in drawn}:
+        pair = [drawn[what, axis, name] for axis in AXES]
+        drawn[what, "both", name] = Bootstrap(np.mean([one.value for one in pair]), np.mean([one.samples for one in pair], 0))
+    rows = [dict(what=what, axis=axis, frames=int(entries[what][-1].sum())) | {key: value for name in names if (what, axis, name) in drawn
+                                                                              for key, value in _measured(name, drawn[what, axis, name]).items()}
+            for what in entries for axis in (*AXES, "both")]
+    return pd.DataFrame(rows).reindex(columns=columns)

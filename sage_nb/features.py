@@ -4,12 +4,13 @@
 
 # %% ../nbs/08_features.ipynb #bf059bdb
 from __future__ import annotations
+from dataclasses import replace
 from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.ndimage import gaussian_filter1d
 from .affwild2 import Corpus, Trial
 from .core import DataError, Sequence, parallel_map, read_arrays, read_json, write_arrays, write_json
-from .encoders import at_times, load_encoder, save_encoder, sound_level, train_audio_encoder, train_visual_encoder
+from .encoders import AUDIO_RATE, HEARD, at_times, load_encoder, save_encoder, sound_level, train_audio_encoder, train_visual_encoder
 from .media import read_trial
 
 # %% auto #0
@@ -77,8 +78,8 @@ def train_encoders(
     parallel_map(_train_encoder, tasks, 2, "training encoders")
 
 # %% ../nbs/08_features.ipynb #23a95ce3
-CUES = ["sharpness", "brightness", "score", "change", "level", "snr", "peak", "synchrony"]
-CUE_OWNERS = "vvvvaaab"  # what each is about: v = sight, a = sound, b = both (see interaction)
+CUES = ["sharpness", "brightness", "score", "change", "upper", "lower", "level", "snr", "peak", "timbre", "synchrony"]
+CUE_OWNERS = "vvvvvvaaaab"  # what each is about: v = sight, a = sound, b = both (see interaction)
 
 
 def _running_mean(values: np.ndarray, ok: np.ndarray, rate: float, seconds: float = 10.0) -> np.ndarray:
@@ -90,6 +91,29 @@ def _running_mean(values: np.ndarray, ok: np.ndarray, rate: float, seconds: floa
             mean = mean + (values[t] - mean) / weight
         out[t] = mean
     return out
+
+
+def _spectral_shape(sound: np.ndarray, start: float, times: np.ndarray, bands: int = 12, width: int = 1024) -> np.ndarray:
+    "[T, bands] dB: spectrum around each time in bands of equal width in log frequency, less its mean over the bands."
+    frequency, edges = np.fft.rfftfreq(width, 1 / AUDIO_RATE), np.geomspace(100, 7000, bands + 1)
+    member = (frequency[:, None] >= edges[:-1]) & (frequency[:, None] < edges[1:])
+    begins = np.rint((times - start) * AUDIO_RATE).astype(int) + width // 2  # in the padded sound
+    padded = np.pad(sound, width)
+    pieces = np.lib.stride_tricks.sliding_window_view(padded, width)[begins.clip(0, len(padded) - width)]
+    power = np.abs(np.fft.rfft(pieces * np.hanning(width), axis=1)) ** 2
+    level = 10 * np.log10(power @ (member / member.sum(0)) + 1e-7)
+    return level - level.mean(1, keepdims=True)
+
+
+def _timbre(shape: np.ndarray, heard: np.ndarray, rate: float, smooth: float = 0.15) -> np.ndarray:
+    "[T] dB: root mean square distance of `shape` [T, D] from its running mean over heard moments; NaN near none of them."
+    def around(x):
+        return gaussian_filter1d(x, smooth * rate, axis=0, mode="constant", truncate=2)
+
+    weight = around(heard.astype(float))[:, None]
+    mean = around(shape * heard[:, None]) / np.maximum(weight, 1e-9)
+    distance = np.sqrt(((mean - _running_mean(mean, heard, rate, 20.0)) ** 2).mean(1))
+    return np.where(weight[:, 0] > 0, distance, np.nan)
 
 
 def _noise_floor(level: np.ndarray, rate: float, rise: float = 3.0) -> np.ndarray:
@@ -114,7 +138,7 @@ def _synchrony(a: np.ndarray, b: np.ndarray, weight: np.ndarray, rate: float, se
 
 def observation_cues(
     trial: dict,  # from `media.read_trial`; T frames
-) -> np.ndarray:  # [T, 8] float32, columns as in `CUES`; NaN where there is nothing to observe
+) -> np.ndarray:  # [T, 11] float32, columns as in `CUES`; NaN where there is nothing to observe
     "Describe the observation of every frame."
     crops, ok, times = trial["crops"], trial["visual_ok"], trial["time"]
     size = crops.shape[1]
@@ -122,16 +146,20 @@ def observation_cues(
     grey = np.stack([cv2.cvtColor(c, cv2.COLOR_RGB2GRAY) for c in crops]).astype(np.float32)
     sharpness = np.array([np.log(cv2.Laplacian(g, cv2.CV_32F).var() + 1) for g in grey])
     coarse = np.stack([cv2.resize(c, (4, 4), interpolation=cv2.INTER_AREA) for c in crops]).reshape(len(crops), -1) / 255.0
-    change = np.abs(coarse - _running_mean(coarse, ok, rate)).mean(1)
+    lit = coarse / (coarse.mean(1, keepdims=True) + 0.02)  # whatever the light
+    both = np.concatenate([coarse, lit], 1)
+    change, lit_change = np.split(np.abs(both - _running_mean(both, ok, rate)), 2, 1)
+    upper, lower = (half.mean(1) for half in np.split(lit_change, 2, 1))
     mouth = -grey[:, int(0.62 * size) : int(0.92 * size), int(0.3 * size) : int(0.7 * size)].mean((1, 2)) / 255
-    visual = np.stack([sharpness, grey.mean((1, 2)) / 255, trial["score"], change], 1)
+    visual = np.stack([sharpness, grey.mean((1, 2)) / 255, trial["score"], change.mean(1), upper, lower], 1)
 
     sound, start = trial["sound"], trial["sound_start"]
     level = sound_level(sound, start, times)
-    begins = ((times - start) * 16000 - 800).astype(int)
+    begins = ((times - start) * AUDIO_RATE - 800).astype(int)
     peaks = np.array([np.abs(sound[max(a, 0) : max(a + 1600, 0)]).max(initial=0.0) for a in begins])
     heard = trial["audio_ok"]
-    audio = np.stack([level, level - _noise_floor(level, rate), (20 * np.log10(peaks + 1e-6) - level).clip(0, 30)], 1)
+    timbre = _timbre(_spectral_shape(sound, start, times), heard & (level > HEARD), rate)
+    audio = np.stack([level, level - _noise_floor(level, rate), (20 * np.log10(peaks + 1e-6) - level).clip(0, 30), timbre], 1)
     synchrony = _synchrony(mouth, level / 20, (ok & heard).astype(float), rate)
     seen = [np.where(mask[:, None], x, np.nan) for x, mask in ((visual, ok), (audio, heard), (synchrony[:, None], ok & heard))]
     return np.concatenate(seen, 1).astype(np.float32)
@@ -185,6 +213,7 @@ def encode_corpus(
 def load_sequences(
     store: str | Path,  # the feature store
     split: str,  # train, dev, calibration, validation or test
+    copies: bool = False,  # with each trial's corrupted `copy`, where there is one (see `suite.encode_copies`)
 ) -> list[Sequence]:  # sorted by trial
     "Read the sequences of a split."
     store = Path(store)
@@ -192,7 +221,13 @@ def load_sequences(
     names = [trial for trial in sorted(index) if index[trial]["split"] == split]
     if not names:
         raise DataError(f"{store}: no trial of split {split!r}; there are {', '.join(sorted({m['split'] for m in index.values()}))}")
-    return [load_sequence(store / f"{trial}.safetensors") for trial in names]
+    sequences = [load_sequence(store / f"{trial}.safetensors") for trial in names]
+    if copies:
+        for sequence in sequences:
+            if (path := store / "copies" / f"{sequence.id}.safetensors").is_file():
+                arrays, _ = read_arrays(path, ["visual", "audio", "visual_ok", "audio_ok", "cues", "corrupted"])
+                sequence.copy = replace(sequence, **arrays)
+    return sequences
 
 
 def load_sequence(

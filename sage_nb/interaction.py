@@ -14,7 +14,7 @@ from .core import DataError, Sequence
 
 # %% auto #0
 __all__ = ['MODALITIES', 'TemporalConv', 'TCN', 'Standardise', 'FrontEnd', 'Output', 'Estimator', 'Head', 'leaky_sum',
-           'InteractionStep']
+           'InteractionStep', 'AttentionStep']
 
 # %% ../nbs/05_interaction.ipynb #b35d138a
 class TemporalConv(nn.Module):
@@ -141,30 +141,56 @@ class FrontEnd(nn.Module):
         if self.cue_dim:
             self.scale["cues"].fit([s.cues for s in sequences])
 
+    def observe(
+        self,
+        cues: Tensor | None,  # [B, T, C], raw
+        ok: Tensor,  # [B, T, 2] bool, visual and audio
+        mask: Tensor,  # [B, T] bool, real frames
+    ) -> Tensor:  # [B, T, C]
+        "The standardised cues, 0 where their owner is missing. Another number of cues than the model was built for raises `DataError`."
+        self._check("cues", 0 if cues is None else cues.shape[-1], self.cue_dim)
+        if not self.cue_dim:
+            return torch.zeros(*mask.shape, 0, device=mask.device)
+        seen = {"v": ok[..., 0], "a": ok[..., 1], "b": ok.all(-1), "-": mask}
+        return torch.where(torch.stack([seen[owner] for owner in self.cue_owners], -1), self.scale["cues"](cues), 0.0)
+
+    def represent(
+        self,
+        visual: Tensor,  # [B, T, Dv]
+        audio: Tensor,  # [B, T, Da]
+        ok: Tensor,  # [B, T, 2] bool, visual and audio
+        mask: Tensor,  # [B, T] bool, real frames
+        cues: Tensor,  # [B, T, C], from `observe`
+        trust: Tensor | None = None,  # [B, T, 2], how loudly each modality's features may speak, 0 where missing; default: 1 where ok
+    ) -> list[Tensor]:  # states [B, T, C_m] of the modalities
+        "One state per modality and frame. Sizes other than those the model was built for raise `DataError`."
+        flags, states = (ok.to(visual.dtype) if trust is None else trust), []
+        for m in self.modalities:
+            x, at = (visual, 0) if m == "visual" else (audio, 1)
+            self._check(m, x.shape[-1], self.dim[m])
+            x = torch.where(ok[..., at, None], self.scale[m](x), 0.0)
+            if trust is not None:
+                x = x * trust[..., at, None]
+            heard = flags[..., [MODALITIES.index(m) for m in self.modalities]]
+            states.append(self.tcn[m](self.project[m](torch.cat([x, cues[..., self.cues_of[m]], heard], -1)), mask))
+        return states
+
     def forward(
         self,
         visual: Tensor,  # [B, T, Dv]
         audio: Tensor,  # [B, T, Da]
         ok: Tensor,  # [B, T, 2] bool, visual and audio
         mask: Tensor,  # [B, T] bool, real frames
-        cues: Tensor | None = None,  # [B, T, C]
-    ) -> tuple[list[Tensor], Tensor]:  # states [B, T, C_m] of the modalities, and the standardised cues, 0 where their owner is missing
-        "Represent each modality. Sizes other than those the model was built for raise `DataError`."
-        given = dict(visual=visual.shape[-1], audio=audio.shape[-1], cues=0 if cues is None else cues.shape[-1])
-        for name, size in (self.dim | dict(cues=self.cue_dim)).items():
-            if given[name] != size:
-                raise DataError(f"{name}: the model was built for {size} values a frame and got {given[name]}; "
-                                f"build it with {name.removesuffix('s')}_dim={given[name]}")
-        cues = visual.new_zeros(*mask.shape, 0) if cues is None else self.scale["cues"](cues)
-        seen = {"v": ok[..., 0], "a": ok[..., 1], "b": ok.all(-1), "-": mask}
-        if self.cue_dim:
-            cues = torch.where(torch.stack([seen[owner] for owner in self.cue_owners], -1), cues, 0.0)
-        flags, states = ok[..., [MODALITIES.index(m) for m in self.modalities]].to(visual.dtype), []
-        for m in self.modalities:
-            x, there = (visual, ok[..., 0]) if m == "visual" else (audio, ok[..., 1])
-            x = torch.where(there[..., None], self.scale[m](x), 0.0)
-            states.append(self.tcn[m](self.project[m](torch.cat([x, cues[..., self.cues_of[m]], flags], -1)), mask))
-        return states, cues
+        cues: Tensor | None = None,  # [B, T, C], raw
+    ) -> tuple[list[Tensor], Tensor]:  # states and standardised cues
+        "`observe`, then `represent`."
+        cues = self.observe(cues, ok, mask)
+        return self.represent(visual, audio, ok, mask, cues), cues
+
+    def _check(self, name: str, given: int, wanted: int) -> None:
+        if given != wanted:
+            raise DataError(f"{name}: the model was built for {wanted} values a frame and got {given}; "
+                            f"build it with {name.removesuffix('s')}_dim={given}")
 
 # %% ../nbs/05_interaction.ipynb #7ab66bfe
 class Output(NamedTuple):
@@ -210,6 +236,10 @@ class Estimator(nn.Module):
         everywhere = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
         mask = everywhere if mask is None else mask
         ok = torch.stack([mask & (everywhere if flag is None else flag) for flag in (visual_ok, audio_ok)], -1)
+        return self.estimate(visual, audio, cues, ok, mask)
+
+    def estimate(self, visual: Tensor, audio: Tensor, cues: Tensor | None, ok: Tensor, mask: Tensor) -> Output:
+        "Represent each modality, then `fuse`."
         states, cues = self.front(visual, audio, ok, mask, cues)
         return self.fuse(states, cues, ok, mask)
 
@@ -217,13 +247,12 @@ class Estimator(nn.Module):
         "Fit the input standardisation on the training set."
         self.front.fit_statistics(sequences)
 
-    def extra_loss(self, output: Output, va: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        "Further terms of the training loss by name, from the output, labels [B,T,2] and their mask [B,T]; none by default."
+    def extra_loss(self, output: Output, va: Tensor, valid: Tensor, corrupted: Tensor | None = None) -> dict[str, Tensor]:
+        "Further terms of the training loss by name, from the output, labels [B,T,2], their mask [B,T] and where a modality was corrupted on purpose [B,T,2]; none by default."
         return {}
 
-    def refined(self) -> tuple[list[nn.Parameter], tuple[str, ...]]:
-        "Parameters that are refined on calibration subjects before `calibrate`, and the terms of `extra_loss` that do it; none by default."
-        return [], ()
+    def refine(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor], corrupted: list[Tensor], steps: int, rate: float) -> None:
+        "Learn from what the model, held fixed, said of augmented calibration subjects, before `calibrate`; nothing by default."
 
     def calibrate(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
         "Fit what is to be measured on calibration subjects, late in training; nothing by default."
@@ -250,25 +279,27 @@ class Head(nn.Module):
 # %% ../nbs/05_interaction.ipynb #2e24d8d6
 def leaky_sum(
     x: Tensor,  # [B, T, C]
-    decay: float,  # lambda, per frame
+    decays: tuple[float, ...],  # lambda, per frame
     causal: bool = False,  # sum over the past only
     block: int = 64,  # frames summed at once
-) -> Tensor:  # [B, T, C]
+) -> Tensor:  # [B, T, decays, C]
     "Sum over all frames t' of decay^|t-t'| x_t', exactly, at a cost that is linear in T: by blocks, and between blocks."
-    frames = x.shape[1]
+    batch, frames, channels = x.shape
+    lam = torch.tensor(decays, dtype=x.dtype, device=x.device)[:, None, None]  # [D, 1, 1]
     blocks = F.pad(x, (0, 0, 0, -frames % block)).unflatten(1, (-1, block))  # [B, N, block, C]
     place = torch.arange(block, dtype=x.dtype, device=x.device)
-    within = decay ** (place[:, None] - place).abs()
-    total = (within.tril() if causal else within) @ blocks
+    within = lam ** (place[:, None] - place).abs()  # [D, block, block]
+    total = ((within.tril() if causal else within).flatten(0, 1) @ blocks).unflatten(2, (-1, block))  # [B, N, D, block, C]
     number = torch.arange(blocks.shape[1], dtype=x.dtype, device=x.device)
     gap = number[:, None] - number - 1  # whole blocks in between
-    earlier = torch.where(gap >= 0, decay ** (block * gap.clamp(min=0)), 0.0)
-    left = earlier @ (decay ** (block - 1 - place) @ blocks)  # what all earlier blocks leave at the end of the last of them
-    total = total + decay ** (place[:, None] + 1) * left[:, :, None]
+    earlier = torch.where(gap >= 0, lam ** (block * gap.clamp(min=0)), 0.0)  # [D, N, N]
+    ends = (lam[:, 0] ** (block - 1 - place)) @ blocks  # [B, N, D, C]: what a block leaves at its own end
+    left = torch.einsum("dnm,bmdc->bndc", earlier, ends)  # what all earlier blocks leave at the end of the last of them
+    total = total + lam ** (place[:, None] + 1) * left[..., None, :]
     if not causal:
-        right = earlier.mT @ (decay**place @ blocks)
-        total = total + decay ** (block - place[:, None]) * right[:, :, None]
-    return total.flatten(1, 2)[:, :frames]
+        right = torch.einsum("dmn,bmdc->bndc", earlier, (lam[:, 0] ** place) @ blocks)
+        total = total + lam ** (block - place[:, None]) * right[..., None, :]
+    return total.movedim(2, 3).flatten(1, 2)[:, :frames]
 
 
 class InteractionStep(nn.Module):
@@ -296,11 +327,51 @@ class InteractionStep(nn.Module):
     ) -> list[Tensor]:
         "The next states."
         said = [trust[..., n, None] * value(x) for n, (value, x) in enumerate(zip(self.value, states))]
-        entering = torch.cat([*said, trust], -1)
-        memory = []
-        for decay in self.decays:
-            *sums, amounts = leaky_sum(entering, decay, self.causal).split([self.dim, self.dim, 2], -1)
-            memory += [sums[0] / (amounts[..., :1] + 0.5), sums[1] / (amounts[..., 1:] + 0.5), torch.log1p(amounts)]
-        recalled = torch.tanh(self.recall(torch.cat(memory, -1))).split(self.widths, -1)
+        *sums, amounts = leaky_sum(torch.cat([*said, trust], -1), self.decays, self.causal).split([self.dim, self.dim, 2], -1)
+        means = [total / (amounts[..., n, None] + 0.5) for n, total in enumerate(sums)]
+        memory = torch.cat([*means, torch.log1p(amounts)], -1).flatten(-2)
+        recalled = torch.tanh(self.recall(memory)).split(self.widths, -1)
         present = [trust[..., n, None] * say(x) for n, (say, x) in enumerate(zip(self.present, states))]
         return [x + self.gamma * (partner + past) for x, partner, past in zip(states, reversed(present), recalled)]
+
+# %% ../nbs/05_interaction.ipynb #ae26a993
+class AttentionStep(nn.Module):
+    "One step by multi-head attention: each state asks the frames of both modalities, which count as far as they are trusted."
+
+    def __init__(
+        self,
+        widths: tuple[int, int],  # channels of the visual and the audio state
+        dim: int = 64,  # channels of queries, keys and values, of all heads
+        heads: int = 4,
+        gamma: float = 0.5,  # size of the step at first
+        causal: bool = False,  # look at the past only
+    ):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.query, self.key, self.value, self.out = (
+            nn.ModuleList(nn.Linear(*((dim, w) if back else (w, dim))) for w in widths) for back in (False, False, False, True))
+        self.gamma = nn.Parameter(torch.tensor(gamma))
+
+    def forward(
+        self,
+        states: list[Tensor],  # [B, T, C_m] of both modalities
+        trust: Tensor,  # [B, T, M], how far each may be trusted; 0 where missing
+    ) -> list[Tensor]:
+        "The next states."
+        def split(x):  # [B, N, dim] -> [B, heads, N, dim / heads]
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        time = torch.arange(trust.shape[1], dtype=trust.dtype, device=trust.device)
+        apart = (time[:, None] - time).abs()
+        if self.causal:
+            apart = apart.masked_fill(time[:, None] < time, torch.inf)
+        slope = 0.5 ** torch.arange(2, 2 + self.heads, dtype=trust.dtype, device=trust.device)  # per head, as in linear position biases
+        counts = torch.where(trust > 0, trust.clamp(min=1e-9).log(), -torch.inf)  # a finite gradient, also beside a trust of 0
+        bias = -slope[:, None, None] * apart.repeat(1, 2) + counts.transpose(1, 2).flatten(1)[:, None, None]  # [B, heads, T, 2T]
+        bias = F.pad(bias, (0, 1))  # the null key
+        keys, values = (split(F.pad(torch.cat([f(x) for f, x in zip(maps, states)], 1), (0, 0, 0, 1))) for maps in (self.key, self.value))
+        new = []
+        for x, query, out in zip(states, self.query, self.out):
+            heard = F.scaled_dot_product_attention(split(query(x)), keys, values, bias)
+            new.append(x + self.gamma * torch.tanh(out(heard.transpose(1, 2).flatten(-2))))
+        return new

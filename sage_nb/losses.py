@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['masked_ccc', 'mean_square', 'va_loss', 'beta_nll', 'ordinal']
+__all__ = ['masked_ccc', 'mean_square', 'va_loss', 'beta_nll', 'ordinal', 'known_order']
 
 # %% ../nbs/09_losses.ipynb #f9a35494
 def masked_ccc(
@@ -79,3 +79,19 @@ def ordinal(
     larger = torch.where(mask, error.abs() - other_error.abs(), 0.0)
     loss = F.softplus(-torch.sign(larger) * (log_var - other_log_var))
     return (larger.abs() * loss).sum() / larger.abs().sum().clamp(min=1e-8)
+
+# %% ../nbs/09_losses.ipynb #c70b4e9d
+def known_order(
+    log_var: Tensor,  # [B, T, M]
+    corrupted: Tensor,  # [B, T, M] bool, corrupted on purpose
+    there: Tensor,  # [B, T, M] bool, observed
+    pairings: int = 4,  # permutations of time
+) -> Tensor:  # scalar
+    "Logistic loss on pairs of a corrupted and a clean frame of one window and modality: the corrupted one should have the larger log variance."
+    total, count, bad, good = 0.0, 0, corrupted & there, ~corrupted & there
+    for _ in range(pairings):
+        other = torch.randperm(log_var.shape[1], device=log_var.device)
+        pairs = bad & good[:, other]
+        total = total + torch.where(pairs, F.softplus(-2 * (log_var - log_var[:, other])), 0.0).sum()
+        count = count + pairs.sum()
+    return total / count.clamp(min=1)

@@ -4,13 +4,17 @@
 
 # %% ../nbs/01_metrics.ipynb #d38dc787
 from __future__ import annotations
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import numpy as np
 from .core import DataError
 
 # %% auto #0
-__all__ = ['ccc', 'pearson', 'rmse', 'va_scores', 'ccc_per_video', 'ccc_per_window', 'calibration_curve', 'ence', 'coverage',
-           'sharpness', 'moments', 'ccc_from_moments', 'Bootstrap', 'bootstrap_by_group']
+__all__ = ['ccc', 'pearson', 'rmse', 'va_scores', 'ccc_per_video', 'ccc_per_window', 'ccc_within_between', 'calibration_curve',
+           'ence', 'coverage', 'sharpness', 'moments', 'ccc_from_moments', 'Bootstrap', 'resample', 'group_moments',
+           'bootstrap_moments', 'bootstrap_by_group', 'holm', 'auroc', 'auroc_statistic', 'spearman_statistic',
+           'mean_statistic', 'ence_statistic', 'average']
 
 # %% ../nbs/01_metrics.ipynb #bee92199
 def _scored(
@@ -104,6 +108,20 @@ def ccc_per_window(
         place[index == video] = np.arange(np.count_nonzero(index == video))
     return ccc_per_video(pred, target, index * (len(index) + 1) + place // window, mask)
 
+
+def ccc_within_between(
+    pred: np.ndarray,  # [N]
+    target: np.ndarray,  # [N]
+    videos: np.ndarray,  # [N] the video that each frame belongs to
+    mask: np.ndarray | None = None,  # [N] bool
+) -> tuple[float, float]:  # within, between
+    "Concordance of the deviations from each video's mean, and of those means, each counted as often as its video has frames."
+    x, y = _scored(pred, target, mask)
+    videos = np.asarray(videos)
+    _, index, count = np.unique(videos if mask is None else videos[np.asarray(mask, bool)], return_inverse=True, return_counts=True)
+    mean_x, mean_y = (np.bincount(index, side)[index] / count[index] for side in (x, y))
+    return ccc(x - mean_x, y - mean_y), ccc(mean_x, mean_y)
+
 # %% ../nbs/01_metrics.ipynb #de6c8ae9
 def calibration_curve(
     pred: np.ndarray,  # [N]
@@ -180,21 +198,69 @@ def ccc_from_moments(
 # %% ../nbs/01_metrics.ipynb #4e116215
 @dataclass(frozen=True)
 class Bootstrap:
-    "Scores of resampled sets; the last column is P, the mean of the others. Two of the same groups and seed are paired: `a - b`."
-    value: np.ndarray  # [D + 1], the score of the set itself
-    samples: np.ndarray  # [resamples, D + 1]
+    "A statistic of the set itself and of resampled sets. Two of the same groups and seed are paired: `a - b`."
+    value: np.ndarray  # [...], of the set itself
+    samples: np.ndarray  # [resamples, ...]; missing where a resample has nothing to compute it from
 
     def interval(
         self,
         level: float = 0.95,
-    ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper ends, [D + 1] each
+    ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper ends
         "The percentile interval."
-        low, high = np.quantile(self.samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # nothing but missing ones: the interval is missing
+            low, high = np.nanquantile(self.samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
+
+    def p_value(self) -> np.ndarray:
+        """Two-sided, against 0: min(1, 2 (1 + min(k, l)) / (B + 1)), where k and l of the B resamples are at most 0 and at least 0.
+        The level at which the percentile interval just reaches 0; never below 2 / (B + 1)."""
+        tail = np.minimum((self.samples <= 0).sum(0), (self.samples >= 0).sum(0))
+        return np.minimum(1, 2 * (1 + tail) / (1 + len(self.samples)))
 
     def __sub__(self, other: Bootstrap) -> Bootstrap:
         "The difference, resample by resample."
         return Bootstrap(self.value - other.value, self.samples - other.samples)
+
+
+def resample(
+    statistic: Callable,  # [R, G] how often each group counts -> [R, ...]
+    groups: int,  # G
+    resamples: int = 2000,
+    seed: int = 0,  # the same G and seed give the same resamples, whatever the statistic
+) -> Bootstrap:
+    "Draw groups with replacement (Efron and Tibshirani, 1993, cluster form)."
+    draws = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), resamples)
+    return Bootstrap(statistic(np.ones((1, groups)))[0], statistic(draws.astype(np.float64)))
+
+
+def group_moments(
+    pred: np.ndarray,  # [N, D]
+    target: np.ndarray,  # [N, D]
+    groups: np.ndarray,  # [N] the subject or dyad of each frame
+    mask: np.ndarray | None = None,  # [N] bool
+) -> np.ndarray:  # [G, D, 6], by sorted name; groups without a frame that counts are left out
+    "The sums of each group."
+    groups = np.asarray(groups)
+    mask = np.ones(len(groups), bool) if mask is None else np.asarray(mask, bool)
+    names, index = np.unique(groups[mask], return_inverse=True)
+    if not len(names):
+        raise DataError("metrics: there is no labelled frame to score; look for its reason with `sage-nb check`")
+    pred, target = np.asarray(pred)[mask], np.asarray(target)[mask]
+    return np.array([moments(pred, target, index == g) for g in range(len(names))])
+
+
+def bootstrap_moments(
+    sums: np.ndarray,  # [K, G, D, 6] of K training seeds, whose scores are averaged
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Bootstrap:  # of D + 1 scores, the last one P, the mean of the others
+    "`bootstrap_by_group` from sums that are already there."
+    def scores(counts):
+        each = ccc_from_moments(np.tensordot(counts, sums, (1, 1))).mean(1)
+        return np.c_[each, each.mean(1)]
+
+    return resample(scores, np.shape(sums)[1], resamples, seed)
 
 
 def bootstrap_by_group(
@@ -204,20 +270,124 @@ def bootstrap_by_group(
     mask: np.ndarray | None = None,  # [N] bool
     resamples: int = 2000,
     seed: int = 0,  # the same groups and seed give the same resamples, whatever the model
-) -> Bootstrap:
-    "Resample groups with replacement and score the pooled frames by concordance (Efron and Tibshirani, 1993, cluster form)."
+) -> Bootstrap:  # of D + 1 scores, the last one P
+    "Resample groups and score the pooled frames by concordance."
     runs = np.asarray(pred)
-    runs = runs[None] if runs.ndim == 2 else runs
-    groups = np.asarray(groups)
-    mask = np.ones(len(groups), bool) if mask is None else np.asarray(mask, bool)
-    names = np.unique(groups[mask])
-    if not len(names):
-        raise DataError("metrics: there is no labelled frame to score; look for its reason with `sage-nb check`")
-    sums = np.array([[moments(run, target, mask & (groups == name)) for name in names] for run in runs])  # [K, G, D, 6]
+    sums = np.array([group_moments(run, target, groups, mask) for run in (runs[None] if runs.ndim == 2 else runs)])
+    return bootstrap_moments(sums, resamples, seed)
 
-    def scores(counts):  # [R, G] -> [R, D + 1]
-        each = ccc_from_moments(np.einsum("rg,kgds->rkds", counts, sums)).mean(1)
-        return np.c_[each, each.mean(1)]
+# %% ../nbs/01_metrics.ipynb #b698ac0e
+def holm(
+    p: np.ndarray,  # [n] p-values; missing ones stay missing and do not count
+) -> np.ndarray:  # [n]
+    "P-values corrected for their number (Holm, 1979)."
+    p = np.asarray(p, np.float64)
+    out, order = np.full(len(p), np.nan), np.argsort(p, kind="stable")[: np.isfinite(p).sum()]
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return out
 
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
-    return Bootstrap(scores(np.ones((1, len(names))))[0], scores(draws))
+# %% ../nbs/01_metrics.ipynb #9b294490
+def auroc(
+    high: np.ndarray,  # values that should be the larger
+    low: np.ndarray,  # values that should be the smaller
+) -> float:  # in [0, 1]; missing if one side is empty
+    "Probability that a value of `high` exceeds one of `low`, ties counting half (Mann and Whitney, 1947)."
+    if not len(high) or not len(low):
+        return float("nan")
+    return float(_below(high, low).mean() / len(low))
+
+
+def _below(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+    "How many of `of` lie below each value, ties half."
+    of = np.sort(of)
+    return (np.searchsorted(of, values, "left") + np.searchsorted(of, values, "right")) / 2
+
+
+def _below_by_group(values: np.ndarray, of: np.ndarray, owners: np.ndarray, groups: int) -> np.ndarray:  # [G, N]
+    return np.stack([_below(values, of[owners == g]) for g in range(groups)])
+
+
+def auroc_statistic(
+    values: np.ndarray,  # [N]
+    high: np.ndarray,  # [N] bool, frames whose values should be the larger
+    low: np.ndarray,  # [N] bool, frames whose values should be the smaller
+    owners: np.ndarray,  # [N] number of each frame's group
+    groups: int,  # G
+) -> Callable:  # counts [R, G] -> [R]
+    "`auroc` of the pooled frames; missing where a resample lacks one side."
+    below = _below_by_group(values[high], values[low], owners[low], groups)
+    wins = np.stack([below[:, owners[high] == g].sum(1) for g in range(groups)])  # [G of high, G of low]
+    sizes = [np.bincount(owners[side], minlength=groups) for side in (high, low)]
+
+    def statistic(counts):
+        with np.errstate(invalid="ignore"):
+            return ((counts @ wins) * counts).sum(1) / ((counts @ sizes[0]) * (counts @ sizes[1]))
+
+    return statistic
+
+
+def spearman_statistic(
+    x: np.ndarray,  # [N]
+    y: np.ndarray,  # [N]
+    owners: np.ndarray,  # [N] number of each frame's group
+    groups: int,  # G
+) -> Callable:  # counts [R, G] -> [R]
+    "Rank correlation of the pooled frames, ties sharing their mean rank (Spearman, 1904)."
+    below = [_below_by_group(side, side, owners, groups) for side in (x, y)]
+    members = [owners == g for g in range(groups)]
+    products = [np.stack([a[:, own] @ b[:, own].T for own in members]) for a, b in ((below[0], below[1]), (below[0], below[0]), (below[1], below[1]))]
+    sizes = np.bincount(owners, minlength=groups)
+
+    def statistic(counts):
+        n = counts @ sizes
+        xy, xx, yy = (np.einsum("rgk,rg,rk->r", np.tensordot(counts, part, (1, 0)), counts, counts, optimize=True) - n**3 / 4  # the mean rank is n / 2
+                      for part in products)
+        with np.errstate(invalid="ignore"):
+            return xy / np.sqrt(xx * yy)
+
+    return statistic
+
+
+def mean_statistic(
+    values: np.ndarray,  # [N]
+    owners: np.ndarray,  # [N] number of each frame's group
+    groups: int,  # G
+) -> Callable:  # counts [R, G] -> [R]
+    "Mean of the pooled frames."
+    total, sizes = np.bincount(owners, values, groups), np.bincount(owners, minlength=groups)
+
+    def statistic(counts):
+        with np.errstate(invalid="ignore"):
+            return (counts @ total) / (counts @ sizes)
+
+    return statistic
+
+
+def ence_statistic(
+    pred: np.ndarray,  # [N]
+    target: np.ndarray,  # [N]
+    variance: np.ndarray,  # [N], stated
+    owners: np.ndarray,  # [N] number of each frame's group
+    groups: int,  # G
+    bins: int = 5,
+) -> Callable:  # counts [R, G] -> [R]
+    "`ence` of the pooled frames in the bins of the whole set; a bin that a resample leaves empty is left out."
+    place = np.empty(len(variance), int)
+    for number, part in enumerate(np.array_split(np.argsort(variance, kind="stable"), bins)):
+        place[part] = number
+    sums = [np.bincount(owners * bins + place, part, groups * bins).reshape(groups, bins) for part in (np.ones(len(place)), variance, (pred - target) ** 2)]
+
+    def statistic(counts):
+        n, stated, squared = (counts @ part for part in sums)
+        with np.errstate(invalid="ignore"):
+            stated, observed = np.sqrt(stated / n), np.sqrt(squared / n)
+            return np.nanmean(np.abs(stated - observed) / stated, 1)
+
+    return statistic
+
+
+def average(
+    statistics: Sequence[Callable],  # counts [R, G] -> [R, ...] each
+) -> Callable:
+    "The mean of several statistics, such as those of several training seeds."
+    return lambda counts: np.mean([statistic(counts) for statistic in statistics], 0)

@@ -7,11 +7,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import DataError
+from .core import DataError, Sequence
 from .interaction import TemporalConv
 
 # %% auto #0
-__all__ = ['Readouts', 'StageAdaptiveReliability', 'Confidence', 'soft_clamp', 'moving_average', 'fit_calibration']
+__all__ = ['Readouts', 'label_variance', 'Judge', 'StageAdaptiveReliability', 'Confidence', 'soft_clamp', 'moving_average',
+           'fit_calibration']
 
 # %% ../nbs/06_reliability.ipynb #0453d02c
 class Readouts(nn.Module):
@@ -30,29 +31,63 @@ class Readouts(nn.Module):
         return torch.stack([torch.tanh(read(x)) for read, x in zip(self.maps[stage], states)], -2)
 
 # %% ../nbs/06_reliability.ipynb #4c2aabaa
+def label_variance(
+    sequences: list[Sequence],  # the training set
+) -> Tensor:  # [2] of valence and of arousal
+    "Variance of the labels, over labelled frames."
+    return torch.cat([torch.as_tensor(s.va[s.valid]) for s in sequences]).double().var(0, correction=0)
+
+
+class Judge(nn.Module):
+    "Log variances of one modality's readouts at all stages, from how it is observed."
+
+    def __init__(
+        self,
+        observed: int,  # values observed a frame
+        stages: int,  # number of states of each modality
+        hidden: int,  # channels
+        kernel: int,  # taps of the convolution over time
+        dropout: float,
+        causal: bool,
+    ):
+        super().__init__()
+        self.hidden, self.mix = nn.Linear(observed, hidden), nn.Linear(hidden, hidden)
+        self.context = TemporalConv(hidden, kernel, causal=causal)
+        self.log_var = nn.Linear(hidden, 2 * stages)
+        self.dropout = dropout
+
+    def forward(self, observed: Tensor, mask: Tensor) -> Tensor:
+        "[B, T, observed], [B, T] -> [B, T, S, 2]."
+        x = F.dropout(F.gelu(self.hidden(observed)), self.dropout, self.training)
+        x = x + F.dropout(F.gelu(self.mix(self.context(x, mask))), self.dropout, self.training)
+        return self.log_var(x).unflatten(-1, (-1, 2))
+
+
 class StageAdaptiveReliability(nn.Module):
-    "Predicts, from detached states, the log variance of each modality's readout error at one stage; holds its calibration and turns variance into evidence."
+    "Predicts the log variance of each modality's readout error at every stage; holds its calibration and turns variance into evidence."
 
     def __init__(
         self,
         widths: tuple[int, int],  # channels of the visual and the audio state
-        cue_dim: int,  # number of cues
+        cue_owners: str,  # a letter a cue, see `FrontEnd`
         stages: int,  # number of states of each modality
-        dim: int = 32,  # channels of each projected state
-        hidden: int = 64,  # channels of the hidden layer
+        hidden: int = 32,  # channels of a judge
+        kernel: int = 15,  # frames that a judge looks at, about half a second
         smooth: int = 15,  # frames over which evidence is averaged, about half a second
         floor: float = 0.05,  # least odds that evidence may express
-        dropout: float = 0.1,
+        dropout: float = 0.3,
         causal: bool = False,  # look at the past only
+        watch_states: bool = False,  # read the detached states too; always so without cues
     ):
         super().__init__()
         self.smooth, self.floor, self.causal = smooth, floor, causal
-        self.project = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.Tanh()) for width in widths)
-        self.stage = nn.Embedding(stages, hidden)
-        self.hidden = nn.Linear(3 * dim + 3 * 2 + cue_dim + 2, hidden)
-        self.context = TemporalConv(hidden, causal=causal)
-        self.log_var = nn.Linear(hidden, 4)
-        self.dropout = dropout
+        self.about = [[i for i, owner in enumerate(cue_owners) if owner in f"{m}b-"] for m in "va"]
+        self.steady = [i for i, owner in enumerate(cue_owners) if owner == "v"]
+        self.watches_states = watch_states or not cue_owners
+        doors = widths if self.watches_states else ()
+        self.doors = nn.ModuleList(nn.Sequential(nn.LayerNorm(w), nn.Linear(w, 8), nn.Tanh(), nn.Dropout(0.4)) for w in doors)
+        sizes = (len(self.about[0]) + 2 * len(self.steady) + 1, len(self.about[1]) + 1)
+        self.judges = nn.ModuleList(Judge(n + 8 * self.watches_states, stages, hidden, kernel, dropout, causal) for n in sizes)
         # calibration and evidence: numbers that are measured, not learned by gradient
         self.register_buffer("label_variance", torch.full((2,), 0.1))
         self.register_buffer("slope", torch.ones(2, stages, 2))
@@ -61,41 +96,42 @@ class StageAdaptiveReliability(nn.Module):
 
     def forward(
         self,
-        states: list[Tensor],  # [B, T, C_m] of both modalities
-        readouts: Tensor,  # [B, T, M, 2], what they say
-        stage: int,  # s
+        cues: Tensor,  # [B, T, C], standardised, 0 where not observed
         ok: Tensor,  # [B, T, M] bool
         mask: Tensor,  # [B, T] bool
-        cues: Tensor,  # [B, T, C], standardised
-    ) -> Tensor:  # [B, T, M, 2] log variance, before calibration
-        "How large will the readouts' errors be? No gradient flows into the states or readouts."
-        visual, audio = (project(x.detach()) for project, x in zip(self.project, states))
-        said = readouts.detach()
-        x = torch.cat([visual, audio, visual * audio, said.flatten(-2), (said[..., 0, :] - said[..., 1, :]).abs(),
-                       cues, ok.to(visual.dtype)], -1)
-        x = self.hidden(x) + self.stage.weight[stage]
-        x = F.gelu(x) * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.dropout, self.training)
-        x = x + F.gelu(self.context(x, mask))
-        return soft_clamp(self.log_var(x).unflatten(-1, (2, 2)) + self.label_variance.log(), -7.0, 2.0)
+        states: list[Tensor] = (),  # [B, T, C_m] of both modalities, before interaction; read only if `watches_states`
+    ) -> Tensor:  # [B, T, M, S, 2] log variance, before calibration
+        "How large will the readouts' errors be? No gradient flows into the states."
+        there, steady = ok[..., :1].to(cues.dtype), cues[..., self.steady]
+        if self.causal:
+            usual = (steady * there).cumsum(1) / there.cumsum(1).clamp(min=1)
+        else:
+            usual = (steady * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+        moved = (steady - usual) * there
+        doors = [door(x.detach()) for door, x in zip(self.doors, states)]
+        said = []
+        for m, (judge, more) in enumerate(zip(self.judges, ([moved, moved.abs()], []))):
+            said.append(judge(torch.cat([cues[..., self.about[m]], ok[..., m, None].to(cues.dtype), *more, *doors[m : m + 1]], -1), mask))
+        return soft_clamp(torch.stack(said, 2) + self.label_variance.log(), -7.0, 2.0)
 
     def calibrated(
         self,
-        log_var: Tensor,  # [B, T, M, 2]
-        stage: int,
-    ) -> Tensor:  # [B, T, M, 2]
+        log_var: Tensor,  # [B, T, M, S, 2]
+    ) -> Tensor:  # [B, T, M, S, 2]
         "The calibration map, l' = p l + q."
-        return self.slope[:, stage] * log_var + self.shift[:, stage]
+        return self.slope * log_var + self.shift
 
     def evidence(
         self,
-        log_var: Tensor,  # [B, T, M, 2], calibrated
+        log_var: Tensor,  # [B, T, M, S, 2], calibrated
         ok: Tensor,  # [B, T, M] bool
-        mask: Tensor,  # [B, T] bool
-    ) -> Tensor:  # [B, T, M]
-        "Log odds of the share of the label's variance that a readout explains: mean of both targets, smoothed over ok frames; detached."
-        odds = self.label_variance / log_var.detach().exp() - 1
-        evidence = odds.clamp(min=self.floor).log().mean(-1)
-        return moving_average(evidence, ok & mask[..., None], self.smooth, self.causal)
+    ) -> tuple[Tensor, Tensor]:  # evidence and reliability, [B, T, M, S] each; reliability is exactly 0 where missing
+        "Log odds of the share of the label's variance that a readout explains, and the reliability coefficient; means of both targets, smoothed over ok frames."
+        ratio = self.label_variance / log_var.exp()
+        both = torch.stack([(ratio - 1).clamp(min=self.floor), ratio]).log().mean(-1)  # [2, B, T, M, S]
+        counts = ok[..., None].expand_as(both)
+        smoothed = moving_average(both.flatten(0, 1).flatten(2), counts.flatten(0, 1).flatten(2), self.smooth, self.causal).view_as(both)
+        return smoothed[0], torch.sigmoid(smoothed[1].detach()) * ok[..., None]
 
     @torch.no_grad()
     def follow_centre(
@@ -113,17 +149,13 @@ class StageAdaptiveReliability(nn.Module):
 
     def fit_centre(
         self,
-        log_vars: list[Tensor],  # batches of [B, T, M, S, 2], before calibration
-        oks: list[Tensor],  # batches of [B, T, M] bool
-        masks: list[Tensor],  # batches of [B, T] bool, frames that count
+        evidence: Tensor,  # [N, M, S]
+        counts: Tensor,  # [N, M] bool, frames that count
     ) -> None:
         "Centre the evidence of each modality and stage at its median over the given frames."
-        for s in range(self.centre.shape[1]):
-            e = [self.evidence(self.calibrated(l[..., s, :], s), ok, mask) for l, ok, mask in zip(log_vars, oks, masks)]
-            for m in range(2):
-                values = torch.cat([x[..., m][ok[..., m] & mask] for x, ok, mask in zip(e, oks, masks)])
-                if len(values):
-                    self.centre[m, s] = values.median()
+        for m in range(2):
+            if counts[:, m].any():
+                self.centre[m] = evidence[counts[:, m], m].median(0).values
 
 
 class Confidence(nn.Module):
@@ -138,9 +170,11 @@ class Confidence(nn.Module):
         if weighting not in ("gates", "shares"):
             raise DataError(f"weighting: {weighting!r} is not known; use gates or shares")
         self.weighting = weighting
-        self.alpha = nn.Parameter(torch.tensor(2.0))
+        self.alpha = nn.Parameter(torch.tensor(4.0))
         if weighting == "gates" or stages > 1:
             self.beta = nn.Parameter(torch.tensor(1.0))
+        else:  # then nothing that learns from it uses it
+            self.register_buffer("beta", torch.tensor(1.0))
         if stages > 1:
             self.alpha_stage = nn.Parameter(torch.tensor(0.1))
 

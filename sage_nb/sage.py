@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .interaction import Estimator, FrontEnd, Head, InteractionStep
-from .losses import beta_nll, mean_square, ordinal
-from .reliability import Confidence, Readouts, StageAdaptiveReliability, fit_calibration
+from .core import DataError, Sequence
+from .interaction import AttentionStep, Estimator, FrontEnd, Head, InteractionStep
+from .losses import beta_nll, known_order, mean_square, ordinal
+from .reliability import Confidence, Readouts, StageAdaptiveReliability, fit_calibration, label_variance
 
 # %% auto #0
 __all__ = ['SageOutput', 'SAGE']
@@ -19,12 +20,21 @@ __all__ = ['SageOutput', 'SAGE']
 class SageOutput(NamedTuple):
     "What SAGE returns. M = 2 modalities (visual, audio); S stages, 0 = before interaction."
     va: Tensor  # [B, T, 2] valence and arousal in [-1, 1]
-    log_var: Tensor  # [B, T, 2] log variance of `va`
-    reliability: Tensor  # [B, T, M, S] share of the label's variance that the modality explains alone (smoothed, floored), 0..1; exactly 0 where missing
+    log_var: Tensor  # [B, T, 2] log variance of `va`, calibrated
+    raw_log_var: Tensor  # [B, T, 2] the same before calibration
+    half_width: Tensor  # [B, T, 2] half the width of the 90 % interval of `va`
+    reliability: Tensor  # [B, T, M, S] reliability coefficient of what the modality says alone, 0..1; exactly 0 where missing
     weights: Tensor  # [B, T, M, S] fusion weights, 0 where missing
     readouts: Tensor  # [B, T, M, S, 2] what each modality says alone
-    readout_log_var: Tensor  # [B, T, M, S, 2] predicted log variance of its error, before calibration
+    readout_log_var: Tensor  # [B, T, M, S, 2] predicted log variance of its error, calibrated
+    raw_readout_log_var: Tensor  # [B, T, M, S, 2] the same before calibration
     ok: Tensor  # [B, T, M] bool, the modality is there
+    mask: Tensor  # [B, T] bool, real frames
+    cues: Tensor  # [B, T, C] what the branch read
+    watched: tuple[Tensor, ...]  # and the states that it read, detached; none unless it watches states
+
+
+_CHOICES = dict(reliability=("stages", "shared", "constant", "none"), fusion=("concatenation", "sum", "decision"), interaction=("memory", "attention"))
 
 
 class SAGE(Estimator, name="sage"):
@@ -37,94 +47,160 @@ class SAGE(Estimator, name="sage"):
         visual_dim: int,  # Dv, visual features a frame
         audio_dim: int,  # Da, audio features a frame
         cue_dim: int = 0,  # C, cues of the observation a frame
-        steps: int = 2,  # interaction steps, 0 to 3; there is one stage more
+        steps: int = 1,  # interaction steps, 0 to 3; there is one stage more
+        reliability: str = "stages",  # "stages", "shared", "constant" or "none", see above
         weighting: str = "shares",  # "shares" or "gates", see reliability
+        fusion: str = "concatenation",  # "concatenation", "sum" or "decision"
+        interaction: str = "memory",  # "memory" or "attention"
+        gated_input: bool = True,  # trust scales features before representation
+        gated_messages: bool = True,  # trust scales what enters the interaction
+        detached: bool = True,  # no gradient between branch and representation
+        order: float = 0.1,  # weight of the ordinal terms
+        known: float = 0.2,  # weight of the known order
+        watch_states: bool = False,  # the branch reads states too
         smooth: int = 15,  # frames over which evidence is averaged
         causal: bool = False,  # look at the past only
         dropout: float = 0.1,
-        **front,  # further options of the front end: visual_width, audio_width, kernel
+        **front,  # further options of the front end: visual_width, audio_width, kernel, cue_owners
     ):
         super().__init__()
+        for option, value in dict(reliability=reliability, fusion=fusion, interaction=interaction).items():
+            if value not in _CHOICES[option]:
+                raise DataError(f"{option}: {value!r} is not known; use {', '.join(_CHOICES[option])}")
         self.stages, self.finishing = steps + 1, False
+        self.reliability, self.fusion, self.gated_messages, self.detached = reliability, fusion, gated_messages, detached
+        self.order, self.known = order, known
         self.front = FrontEnd(visual_dim, audio_dim, cue_dim, dropout=dropout, causal=causal, **front)
         widths = self.front.widths
-        self.interaction = nn.ModuleList(InteractionStep(widths, causal=causal) for _ in range(steps))
+        step = {"memory": InteractionStep, "attention": AttentionStep}[interaction]
+        self.interaction = nn.ModuleList(step(widths, causal=causal) for _ in range(steps))
         self.readouts = Readouts(widths, self.stages)
-        self.branch = StageAdaptiveReliability(widths, cue_dim, self.stages, smooth=smooth, dropout=dropout, causal=causal)
+        self.branch = StageAdaptiveReliability(widths, self.front.cue_owners, self.stages, smooth=smooth, causal=causal, watch_states=watch_states)
+        self.gated_input = gated_input and not self.branch.watches_states  # states come after the input
         self.confidence = Confidence(self.stages, weighting)
         fused = sum(widths) + 2 * self.stages
-        self.head = Head(fused, dropout=dropout)
+        if fusion == "sum":
+            self.common = nn.ModuleList(nn.Linear(width, widths[0]) for width in widths)
+            fused = widths[0] + 2 * self.stages
+        if fusion != "decision":
+            self.head = Head(fused, dropout=dropout)
         self.kappa = nn.Sequential(nn.Linear(fused, 32), nn.GELU(), nn.Linear(32, 2))
         self.register_buffer("slope", torch.ones(2))
         self.register_buffer("shift", torch.zeros(2))
+        self.register_buffer("quantile", torch.full((2,), 1.645))  # of a normal distribution, until it is measured
 
-    def fit_statistics(self, sequences):
+    def fit_statistics(self, sequences: list[Sequence]) -> None:
         "Fit the input standardisation and the label's variance on the training set."
         super().fit_statistics(sequences)
-        labels = torch.cat([torch.as_tensor(s.va[s.valid]) for s in sequences])
-        self.branch.label_variance.copy_(labels.double().var(0, correction=0))
+        self.branch.label_variance.copy_(label_variance(sequences))
 
-    def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> SageOutput:
-        "Interaction, reliability at every stage, fusion, head."
-        stages, readouts, log_vars, evidence = [], [], [], []
-        for s in range(self.stages):
-            said = self.readouts(states, s)
-            log_var = self.branch(states, said, s, ok, mask, cues)
-            e = self.branch.evidence(self.branch.calibrated(log_var, s), ok, mask)
-            for kept, new in zip((stages, readouts, log_vars, evidence), (states, said, log_var, e)):
-                kept.append(new)
-            if s < len(self.interaction):
-                states = self.interaction[s](states, self.confidence.gate(e - self.branch.centre[:, s], ok))
-        evidence = torch.stack(evidence, -1)
+    def judge(self, cues: Tensor, ok: Tensor, mask: Tensor, states: list[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        "Log variances [B,T,M,S,2] before calibration, reliability [B,T,M,S], and evidence centred and as the switch `reliability` wants it."
+        log_var = self.branch(cues, ok, mask, states)
+        evidence, reliability = self.branch.evidence(self.branch.calibrated(log_var.detach() if self.detached else log_var), ok)
         if self.branch.training:
             self.branch.follow_centre(evidence, ok, mask)
-        weights = self.confidence(evidence - self.branch.centre, ok)
+        centred = evidence - self.branch.centre
+        if self.reliability == "shared":
+            centred = centred[..., :1].expand_as(centred)
+        elif self.reliability == "constant":
+            count = ok[..., None].sum(1, keepdim=True).clamp(min=1)
+            centred = ((centred * ok[..., None]).sum(1, keepdim=True) / count).expand_as(centred)
+        elif self.reliability == "none":
+            centred = torch.zeros_like(centred)
+        return log_var, reliability, centred
+
+    def estimate(self, visual: Tensor, audio: Tensor, cues: Tensor | None, ok: Tensor, mask: Tensor) -> SageOutput:
+        "Judge the observation, represent, interact, fuse."
+        cues, trust, states = self.front.observe(cues, ok, mask), None, ()
+        if self.branch.watches_states:
+            states = self.front.represent(visual, audio, ok, mask, cues)
+        log_var, reliability, centred = self.judge(cues, ok, mask, states)
+        if self.gated_input:
+            trust = self.confidence.gate(centred[..., 0], ok).detach()  # representation is told, it is not asked
+        watched = tuple(x.detach() for x in states)
+        states = states or self.front.represent(visual, audio, ok, mask, cues, trust)
+        stages, readouts = [states], [self.readouts(states, 0)]
+        for s, step in enumerate(self.interaction):
+            states = step(states, self.confidence.gate(centred[..., s], ok) if self.gated_messages else ok.to(cues.dtype))
+            stages.append(states)
+            readouts.append(self.readouts(states, s + 1))
+        readouts, weights = torch.stack(readouts, -2), self.confidence(centred, ok)
         fused = [sum(weights[..., m, s, None] * stages[s][m] for s in range(self.stages)) for m in range(2)]
+        if self.fusion == "sum":
+            fused = [sum(into(x) for into, x in zip(self.common, fused))]
         z = torch.cat([*fused, weights.flatten(-2)], -1)
-        va = self.head(z)
+        if self.fusion == "decision":
+            va = (weights[..., None] * readouts).sum((2, 3)) / weights.sum((2, 3)).clamp(min=1e-6)[..., None]
+        else:
+            va = self.head(z)
         bound = (1.01 - va.detach().square()).log()
-        log_var = bound - torch.log1p(F.softplus(self.kappa(z.detach())))
-        log_var = torch.minimum(self.slope * log_var + self.shift, bound)
-        return SageOutput(va, log_var, torch.sigmoid(evidence) * ok[..., None], weights,
-                          torch.stack(readouts, -2), torch.stack(log_vars, -2), ok)
+        raw = bound - torch.log1p(F.softplus(self.kappa(z.detach())))
+        final = torch.minimum(self.slope * raw + self.shift, bound)
+        return SageOutput(va, final, raw, self.quantile * (final / 2).exp(), reliability, weights, readouts,
+                          self.branch.calibrated(log_var), log_var, ok, mask, cues, watched)
 
-    def extra_loss(self, output: SageOutput, va: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        "Readouts' squared error, likelihood and order of their predicted errors, likelihood of the final error."
-        target = va[:, :, None, None]
-        counts = (valid[..., None] & output.ok)[..., None, None]  # [B, T, M, 1, 1]
-        error, log_var = (output.readouts - target).detach(), output.readout_log_var
-        across = ordinal(error[:, :, 0], log_var[:, :, 0], error[:, :, 1], log_var[:, :, 1], counts.all(2))
-        within = ordinal(error, log_var, error.roll(1, 0), log_var.roll(1, 0), counts & counts.roll(1, 0))
+    def extra_loss(self, output: SageOutput, va: Tensor, valid: Tensor, corrupted: Tensor | None = None) -> dict[str, Tensor]:
+        "Readouts' squared error, likelihood and order of their predicted errors, known order, likelihood of the final error."
         return dict(
-            readout=0.5 * mean_square((output.readouts - target) / self.branch.label_variance.sqrt(), counts),
-            likelihood=beta_nll(error, log_var, counts),
-            order=0.1 * (across + within),
-            variance=beta_nll((output.va - va).detach(), output.log_var, valid[..., None]),
-        )
+            readout=0.5 * mean_square((output.readouts - va[:, :, None, None]) / self.branch.label_variance.sqrt(), self._counts(output, valid)),
+            variance=beta_nll((output.va - va).detach(), output.raw_log_var, valid[..., None]),
+            **self._branch_loss(output.raw_readout_log_var, output, va, valid, corrupted))
 
-    def refined(self) -> tuple[list[nn.Parameter], tuple[str, ...]]:
-        "The branch: on training subjects it has only seen errors on what the readouts know by heart."
-        return list(self.branch.parameters()), ("likelihood", "order")
+    @staticmethod
+    def _counts(output: SageOutput, valid: Tensor) -> Tensor:  # [B, T, M, 1, 1]
+        "Where a readout can be held to the label."
+        return (valid[..., None] & output.ok)[..., None, None]
+
+    def _branch_loss(self, log_var: Tensor, output: SageOutput, va: Tensor, valid: Tensor, corrupted: Tensor | None) -> dict[str, Tensor]:
+        counts, error = self._counts(output, valid), output.readouts - va[:, :, None, None]
+        error = error.detach() if self.detached else error
+        terms = dict(likelihood=beta_nll(error, log_var, counts))
+        if self.order:
+            across = ordinal(error[:, :, 0], log_var[:, :, 0], error[:, :, 1], log_var[:, :, 1], counts.all(2))
+            within = ordinal(error, log_var, error.roll(1, 0), log_var.roll(1, 0), counts & counts.roll(1, 0))
+            terms["order"] = self.order * (across + within)
+        if self.known and corrupted is not None:
+            terms["known"] = self.known * known_order(log_var.mean((-2, -1)), corrupted, output.ok)
+        return terms
+
+    def refine(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor], corrupted: list[Tensor], steps: int, rate: float) -> None:
+        "Train the branch alone on calibration subjects: on training subjects it has only seen errors on what the readouts know by heart."
+        optimiser = torch.optim.AdamW(self.branch.parameters(), rate, weight_decay=0.01)
+        self.train()
+        for step in range(steps):
+            i = step % len(outputs)
+            o = outputs[i]
+            loss = sum(self._branch_loss(self.branch(o.cues, o.ok, o.mask, o.watched), o, va[i], valid[i], corrupted[i]).values())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
 
     def calibrate(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
-        "Fit the calibration map and the median evidence on calibration subjects."
-        batches = list(zip(outputs, va, valid))
-        counts = torch.cat([(v[..., None] & o.ok)[..., None, None].expand_as(o.readouts).flatten(0, 1) for o, _, v in batches])
-        error = torch.cat([(o.readouts - y[:, :, None, None]).flatten(0, 1) for o, y, _ in batches])
-        log_var = torch.cat([o.readout_log_var.flatten(0, 1) for o in outputs])
-        p, q = fit_calibration(log_var, error, counts)
+        "Fit the calibration lines and the median evidence on calibration subjects."
+        counts = torch.cat([self._counts(o, v).expand_as(o.readouts).flatten(0, 1) for o, v in zip(outputs, valid)])
+        error = torch.cat([(o.readouts - y[:, :, None, None]).flatten(0, 1) for o, y in zip(outputs, va)])
+        p, q = fit_calibration(torch.cat([o.raw_readout_log_var.flatten(0, 1) for o in outputs]), error, counts)
         self.branch.slope.copy_(p)
         self.branch.shift.copy_(q)
-        self.branch.fit_centre([o.readout_log_var for o in outputs], [o.ok for o in outputs], [v for v in valid])
+        evidence = torch.cat([self.branch.evidence(self.branch.calibrated(o.raw_readout_log_var), o.ok)[0].flatten(0, 1) for o in outputs])
+        self.branch.fit_centre(evidence, counts[..., 0, 0])
 
-    def calibrate_output(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
-        "Fit the calibration line of the estimate's own variance."
-        error, log_var = (torch.cat([x.flatten(0, 1) for x in part]) for part in
-                          ([o.va - y for o, y in zip(outputs, va)], [o.log_var for o in outputs]))
-        counts = torch.cat([v.flatten()[:, None] for v in valid]).expand_as(error)
-        p, q = fit_calibration(log_var, error, counts)
+    def calibrate_output(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor], level: float = 0.9) -> None:
+        "Fit the calibration line of the estimate's own variance, and the conformal quantile of its intervals, one window counting as one video."
+        error, raw, bound = (torch.cat([x.flatten(0, 1) for x in part]) for part in (
+            [o.va - y for o, y in zip(outputs, va)], [o.raw_log_var for o in outputs], [(1.01 - o.va.square()).log() for o in outputs]))
+        counts = torch.cat([v.flatten() for v in valid])
+        p, q = fit_calibration(raw, error, counts[:, None].expand_as(error))
         self.slope.copy_(p)
         self.shift.copy_(q)
+        labelled = torch.cat([v.sum(1, keepdim=True).expand_as(v).flatten() for v in valid])[counts]
+        videos = int(sum(v.any(1).sum() for v in valid))
+        scores = (error.abs() / (torch.minimum(p * raw + q, bound) / 2).exp())[counts]
+        for k in range(2):
+            value, order = scores[:, k].sort()
+            share = (1 / labelled[order].double() / videos).cumsum(0)
+            self.quantile[k] = value[min(int((share < level).sum()), len(value) - 1)]
 
     def finish(self) -> None:
         "Freeze representation, interaction, readouts and branch; alpha, head and variance finish on calibrated confidence."

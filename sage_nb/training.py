@@ -21,7 +21,7 @@ from .windows import OverlapAverage, collate, training_batches, window_starts
 
 # %% auto #0
 __all__ = ['Settings', 'learning_rate', 'predict_sequences', 'score', 'model_arrays', 'load_arrays', 'data_hash', 'fit',
-           'load_run', 'train_runs']
+           'load_run', 'matching_width', 'train_runs']
 
 # %% ../nbs/14_training.ipynb #c404207c
 @dataclass(frozen=True)
@@ -37,10 +37,15 @@ class Settings:
     clip: float = 1.0  # largest norm of the gradient
     squared: float = 0.1  # weight of the squared error beside the CCC
     per_window: bool = False  # CCC of each window on its own, as in the lineage
-    augment: float = 0.5  # share of windows that are corrupted
-    refine_steps: int = 100  # on calibration subjects, before calibration
+    augment: float = 0.6  # share of windows that are corrupted
+    calibrate: str = "inside"  # "inside": then the model finishes on calibrated confidence; "after" training; or "never"
+    refine_steps: int = 200  # of the reliability branch, before calibration
     refine_rate: float = 0.001
-    finish_at: float = 0.7  # share of the epochs after which a model that calibrates does so and finishes
+    finish_at: float = 0.7  # share of the epochs after which a model that calibrates inside does so and finishes
+
+    def __post_init__(self):
+        if self.calibrate not in ("inside", "after", "never"):
+            raise DataError(f"fit: calibrate {self.calibrate!r} is not known; use inside, after or never")
 
 # %% ../nbs/14_training.ipynb #b1fb2ed3
 def learning_rate(
@@ -73,7 +78,7 @@ def predict_sequences(
         part = windows[k : k + batch]
         data = collate(sequences, part, window)
         output = model(*data.to(device).inputs)
-        names = [n for n in ("va", "log_var", "reliability", "weights") if n in output._fields]
+        names = [field.name for field in fields(Prediction) if field.name in output._fields]
         for row, (i, start) in enumerate(part):
             averages[i].add(start, {n: getattr(output, n)[row, : int(data.mask[row].sum())].cpu().numpy() for n in names})
     return [Prediction(s.id, **average.mean()) for s, average in zip(sequences, averages)]
@@ -126,20 +131,24 @@ def data_hash(
         digest.update(f"{len(part)} sequences".encode())
         for s in part:
             digest.update(f"{s.id} {s.group} {len(s)}".encode())
-            for x in (s.visual, s.audio, s.va, s.visual_ok, s.audio_ok, s.valid, s.cues):
+            for x in (s.visual, s.audio, s.va, s.visual_ok, s.audio_ok, s.valid, s.cues, s.corrupted):
                 digest.update(b"none" if x is None else np.ascontiguousarray(x).data)
+            digest.update(b"none" if s.copy is None else data_hash([s.copy]).encode())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/14_training.ipynb #1d257edd
 @contextmanager
 def _deterministic():
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it, and filling costs a third of a small model's time
     try:
         with torch.random.fork_rng():
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @torch.no_grad()
@@ -151,26 +160,26 @@ def _outputs(model: Estimator, sequences: list[Sequence], settings: Settings, de
     return [model(*b.inputs) for b in batches], [b.va for b in batches], [b.valid for b in batches]
 
 
-def _refine(model: Estimator, sequences: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
-    "A few steps on calibration sequences for what the model wants refined; nothing else moves."
-    parameters, terms = model.refined()
-    optimiser = torch.optim.AdamW(parameters, settings.refine_rate, weight_decay=settings.weight_decay)
+def _refine(model: Estimator, train: list[Sequence], calibration: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
+    "Show the model, held fixed, augmented sequences, calibration subjects twice as often, and let it learn from what it said of them."
     rng = np.random.default_rng([seed, settings.epochs])
     torch.manual_seed(int(rng.integers(2**31)))
-    model.train()
-    step = 0
-    while step < settings.refine_steps:
-        for batch in training_batches(sequences, settings.window, settings.batch, rng):
-            batch = augment(batch, rng, settings.augment, model.front.cue_owners).to(device)
-            extra = model.extra_loss(model(*batch.inputs), batch.va, batch.valid)
-            optimiser.zero_grad()
-            sum(extra[term] for term in terms).backward(inputs=parameters)
-            optimiser.step()
-            step += 1
+    model.eval()
+    share = 0.8 if settings.augment else 0.0  # more copies than in training: they are what the branch has to know
+    batches = [augment(batch, rng, share, model.front.cue_owners, copies=0.7).to(device)
+               for sequences, times in ((train, 3), (calibration, 6)) for _ in range(times)
+               for batch in training_batches(sequences, settings.window, settings.batch, rng)]
+    batches = [batches[i] for i in rng.permutation(len(batches))]
+    with torch.no_grad():
+        outputs = [model(*b.inputs) for b in batches]
+    model.refine(outputs, [b.va for b in batches], [b.valid for b in batches], [b.corrupted for b in batches],
+                 settings.refine_steps, settings.refine_rate)
 
 
-def _calibrate(model: Estimator, sequences: list[Sequence], settings: Settings, device: torch.device) -> None:
-    "Once a stage: what is fitted at a stage changes the trust in senders, and so the stages after it."
+def _calibrate(model: Estimator, train: list[Sequence], sequences: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
+    "Refine, then calibrate once a stage: what is fitted at a stage changes the trust in senders, and so the stages after it."
+    if settings.refine_steps:
+        _refine(model, train, sequences, settings, seed, device)
     for _ in range(model.stages):
         model.calibrate(*_outputs(model, sequences, settings, device))
 
@@ -191,9 +200,10 @@ def fit(
     calibration: list[Sequence] | None = None,  # subjects in neither; default: a third of the groups of val
     run_dir: str | Path | None = None,  # model, record and history are written here; a run that was cut off goes on
     seed: int = 0,  # decides order, augmentation and dropout
+    record: dict | None = None,  # what else run.json should hold
     **settings,  # see `Settings`
 ) -> list[dict]:  # one record an epoch
-    "Train a model, leave it at its best epoch, in evaluation mode. Bad input raises `DataError`."
+    "Train a model from its present weights (`torch.manual_seed` before building it decides them), leave it at its best epoch, in evaluation mode. Bad input raises `DataError`."
     unknown = set(settings) - {f.name for f in fields(Settings)}
     if unknown:
         raise DataError(f"fit: unknown setting {', '.join(sorted(unknown))}; the settings are {', '.join(f.name for f in fields(Settings))}")
@@ -215,15 +225,20 @@ def fit(
             raise DataError("fit: training diverged, no epoch has a score; lower learning_rate, or look for extreme values in the features")
         load_arrays(model, best)
         model.eval()
-        if model.calibrates:
-            model.calibrate_output(*_outputs(model, calibration, settings, next(model.parameters()).device))
+        if model.calibrates and settings.calibrate != "never":
+            device = next(model.parameters()).device
+            if settings.calibrate == "after":
+                _calibrate(model, train, calibration, settings, seed, device)
+                model.eval()
+            model.calibrate_output(*_outputs(model, calibration, settings, device))
     if run_dir:
         chosen = max((h for h in history if h["eligible"]), key=lambda h: h["dev_p"])
         write_arrays(run_dir / "model.safetensors", model_arrays(model))
         write_json(run_dir / "history.json", history)
         write_json(run_dir / "run.json", dict(
-            name=model.name, configuration=model.configuration, recipe=model.recipe, settings=asdict(settings), seed=seed, fingerprint=fingerprint, epochs=len(history),
-            best_epoch=chosen["epoch"], dev_p=chosen["dev_p"], parameters=sum(p.numel() for p in model.parameters())))
+            name=model.name, configuration=model.configuration, recipe=model.recipe, settings=asdict(settings), seed=seed,
+            fingerprint=fingerprint, epochs=len(history), best_epoch=chosen["epoch"], dev_p=chosen["dev_p"],
+            parameters=sum(p.numel() for p in model.parameters()), **(record or {})))
         (run_dir / "resume.safetensors").unlink(missing_ok=True)
     return history
 
@@ -233,7 +248,8 @@ def _train(model, train, val, calibration, run_dir, seed, settings, fingerprint)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW([dict(params=matrices, weight_decay=settings.weight_decay), dict(params=others, weight_decay=0.0)])
-    finish = min(round(settings.finish_at * settings.epochs), settings.epochs - 1) if model.calibrates else 0
+    inside = model.calibrates and settings.calibrate == "inside"
+    finish = min(round(settings.finish_at * settings.epochs), settings.epochs - 1) if inside else 0
     history, best = [], {}
     model.fit_statistics(train)
     if run_dir and (run_dir / "resume.safetensors").is_file():
@@ -243,15 +259,14 @@ def _train(model, train, val, calibration, run_dir, seed, settings, fingerprint)
             load_arrays(model, groups["model/"])
             _load_optimiser(optimiser, groups["optimiser/"])
             history, best = meta["history"], groups["best/"]
-            if len(history) > finish and model.calibrates:
+            if len(history) > finish and inside:
                 model.finish()
     for epoch in range(len(history), settings.epochs):
         eligible = [h for h in history if h["eligible"]]
         if eligible and epoch - max(eligible, key=lambda h: h["dev_p"])["epoch"] > settings.patience:
             break
-        if epoch == finish and model.calibrates:
-            _refine(model, calibration, settings, seed, device)
-            _calibrate(model, calibration, settings, device)
+        if epoch == finish and inside:
+            _calibrate(model, train, calibration, settings, seed, device)
             model.finish()
         record = _epoch(model, train, optimiser, epoch, seed, settings, device)
         valence, arousal = score(predict_sequences(model, val), val)
@@ -279,7 +294,7 @@ def _epoch(model, train, optimiser, epoch, seed, settings, device) -> dict:
         batch = augment(batch, rng, settings.augment, model.front.cue_owners).to(device)
         output = model(*batch.inputs)
         terms = dict(va=va_loss(output.va, batch.va, batch.valid[..., None], settings.squared, settings.per_window))
-        terms |= model.extra_loss(output, batch.va, batch.valid)
+        terms |= model.extra_loss(output, batch.va, batch.valid, batch.corrupted)
         loss = sum(terms.values())
         optimiser.zero_grad()
         loss.backward()
@@ -300,35 +315,57 @@ def load_run(
     return model.eval()
 
 # %% ../nbs/14_training.ipynb #e7ea37aa
-def _run(task: tuple[Path, Path, str, str, int, str, str, dict]) -> None:
+def matching_width(
+    visual_dim: int,  # Dv
+    audio_dim: int,  # Da
+    cue_dim: int,  # C
+    **front,  # options of the front end
+) -> int:  # channels of the hidden layer
+    "The width of concatenation's hidden layer at which its parameters are as many as SAGE's."
+    def size(name, **options):
+        return sum(p.numel() for p in build_model(name, visual_dim, audio_dim, cue_dim, **options, **front).parameters())
+
+    with torch.random.fork_rng():
+        base, one_more = size("concat", hidden=128), size("concat", hidden=129)
+        return 128 + round((size("sage") - base) / (one_more - base))
+
+
+def _run(task: tuple[Path, Path, str, dict, int, str, str, str]) -> None:
     from sage_nb.features import load_sequences
 
-    store, folder, name, configuration, seed, selection, cue_owners, settings = task
+    store, folder, label, about, seed, kind, selection, cue_owners = task
     torch.set_num_threads(1)
-    train, val, calibration = (load_sequences(store, split) for split in ("train", selection, "calibration"))
+    train, val, calibration = (load_sequences(store, split, copies=split != selection) for split in ("train", selection, "calibration"))
+    first, options = train[0], dict(about.get("options", {}), cue_owners=cue_owners)
+    sizes = first.visual.shape[1], first.audio.shape[1], 0 if first.cues is None else first.cues.shape[1]
+    if options.get("hidden") == "match sage":
+        options["hidden"] = matching_width(*sizes, cue_owners=cue_owners)
     torch.manual_seed(seed)  # initial weights
-    first = train[0]
-    cue_dim = 0 if first.cues is None else first.cues.shape[1]
-    model = build_model(name, first.visual.shape[1], first.audio.shape[1], cue_dim, configuration, cue_owners=cue_owners)
-    fit(model, train, val, calibration, folder, seed, **settings)
-    write_json(folder / "run.json", read_json(folder / "run.json") | dict(selection=selection))
+    model = build_model(about.get("model", label), *sizes, about.get("configuration", "equal"), **options)
+    fit(model, train, val, calibration, folder, seed, dict(label=label, kind=kind, selection=selection), **about.get("settings", {}))
 
 
 def train_runs(
     store: str | Path,  # the feature store
     runs: str | Path,  # one folder a run is made in it
-    models: list[str],  # names that `build_model` knows
+    models: dict[str, dict],  # label -> model, options, settings, configuration; all may be left out
     seeds: list[int],
-    configuration: str = "equal",
+    kind: str = "comparison",  # which table the labels are rows of: "comparison" or "ablation"
     selection: str = "dev",  # the split that stops early and selects; "validation", as the lineage does it, flatters what is reported
     cue_owners: str = "",  # what each cue is about, see `FrontEnd`
     workers: int = 0,  # processes; 0 = one a core
-    **settings,  # see `Settings`
-) -> list[Path]:  # the runs' folders, by model and seed
-    "Train every model with every seed on the store's train part, stopped by the selection split, calibrated on calibration. Runs that are complete are kept."
-    suffix = "" if configuration == "equal" else f"-{configuration}"
-    folders = {(name, seed): Path(runs) / f"{name}{suffix}-{seed}" for name in models for seed in seeds}
-    tasks = [(Path(store), folder, name, configuration, seed, selection, cue_owners, settings) for (name, seed), folder in folders.items()]
-    tasks.sort(key=lambda task: task[2] != "sage")
+    **settings,  # see `Settings`; those of a label come first
+) -> list[Path]:  # the runs' folders, by label and seed
+    "Train every label with every seed on the store's train part, stopped by the selection split, calibrated on calibration. Runs that are complete are kept."
+    folders, tasks = [], []
+    for label, about in models.items():
+        about = dict(about or {}, settings=settings | dict((about or {}).get("settings", {})))
+        if unknown := set(about) - {"model", "options", "settings", "configuration"}:
+            raise DataError(f"model {label}: {', '.join(sorted(unknown))} is not known; give model, options, settings or configuration")
+        name = label if about.get("configuration", "equal") == "equal" else f"{label}-{about['configuration']}"
+        for seed in seeds:
+            folders.append(Path(runs) / f"{name}-{seed}")
+            tasks.append((Path(store), folders[-1], label, about, seed, kind, selection, cue_owners))
+    tasks.sort(key=lambda task: task[3].get("model", task[2]) in ("visual", "audio", "concat", "late"))
     parallel_map(_run, tasks, workers, "training")
-    return list(folders.values())
+    return folders

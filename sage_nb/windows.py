@@ -86,6 +86,8 @@ class Batch(NamedTuple):
     cues: Tensor | None  # [B, T, C]
     va: Tensor  # [B, T, 2]
     valid: Tensor  # [B, T] bool, labelled
+    corrupted: Tensor  # [B, T, 2] bool, where sight or sound was corrupted on purpose
+    copy: Batch | None = None  # the same windows of the sequences' copies, if all have one
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -115,7 +117,10 @@ def collate(
         return torch.from_numpy(out)
 
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Batch(mask=mask, **{field: padded(field) for field in Batch._fields if field != "mask"})
+    values = {field: padded(field) for field in Batch._fields if field not in ("mask", "corrupted", "copy")}
+    corrupted = torch.zeros(*mask.shape, 2, dtype=torch.bool) if sequences[0].corrupted is None else padded("corrupted")
+    copies = [s.copy for s in sequences]
+    return Batch(mask=mask, corrupted=corrupted, copy=None if None in copies else collate(copies, windows, window), **values)
 
 # %% ../nbs/12_windows.ipynb #8ecf951f
 def training_batches(

@@ -108,7 +108,7 @@ def test_a_corpus_without_side_files_gets_an_empty_table_that_says_why(corpus):
         path.unlink()
     table = measure(corpus)
     assert table.empty and list(table) == ["condition", "value", "least", "most", "met"] and not (corpus / "out").exists()
-    write_json(corpus / "conditions.json", dict(seeds=[0], conditions=table.to_dict("records")))
+    write_json(corpus / "conditions.json", dict(seeds=[0], conditions=table.to_dict("split", index=False)))
     write_conditions(corpus / "conditions.json", corpus / "tables", "wild")
     for kind in ("md", "tex"):
         assert "this corpus has no side files of phases and nuisances" in (corpus / "tables" / f"conditions.{kind}").read_text()

@@ -1,6 +1,7 @@
 """The whole pipeline at a small size: a scratch copy that is its own git repository, with a small corpus rendered for it."""
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,19 @@ import pytest
 import yaml
 
 from conftest import ROOT, commit, environment
+from sage_nb.pipeline import read_params, read_stages
 
 COPIED = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitattributes", ".gitignore", "Makefile", "dvc.yaml", "nbs", "params.yaml",
-          "pyproject.toml", "requirements.lock", "sage_nb", "settings.ini")
-SMALL = dict(prepare=dict(dev_groups=2, calibration_groups=2), pretrain=dict(visual_steps=10, audio_steps=10),
-             conditions=dict(seeds=[0], epochs=2), train=dict(models=["concat", "sage"], seeds=[0], epochs=3), tables=dict(resamples=50))
+          "pyproject.toml", "requirements.lock", "sage_nb", "settings.ini",
+          *sorted({dep for stage in read_stages(ROOT, read_params(ROOT)["paths"]).values() for dep in stage["deps"] if dep.startswith("results/")}))
+SMALL = dict(prepare=dict(dev_groups=2, calibration_groups=2), pretrain=dict(visual_steps=5, audio_steps=5),
+             conditions=dict(seeds=[0], epochs=1), evaluate=dict(robustness_seeds=[0]), tables=dict(resamples=50), figures=dict(resamples=50),
+             replicate=dict(dev_groups=1, calibration_groups=1, visual_steps=5, audio_steps=5, epochs=1, seeds=[0], corpora=dict(control=dict(
+                 sample=dict(seed=2, nuisances=False, seconds=[3, 3.5], subjects=dict(pretrain=1, train=4, validation=2, test=1)), models=dict(concat={}, sage={})))),
+             verdict=dict(resamples=50))
+KEPT = dict(models=["visual", "audio", "concat", "sage"], ablations=["no_reliability", "no_calibration"])
+
+ONE_CORE = ["taskset", "-c", str(min(os.sched_getaffinity(0)))] if shutil.which("taskset") else []
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +40,17 @@ def scratch(tmp_path_factory) -> Path:
     for stage, values in SMALL.items():
         assert set(values) <= set(params[stage])
         params[stage].update(values)
+    params["train"].update(seeds=[0, 1], ablation_seeds=[0], epochs=2, **{name: {label: params["train"][name][label] for label in labels} for name, labels in KEPT.items()})
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    subprocess.run([sys.executable, "-m", "sage_nb.cli", "sample", "data", "--subjects", "pretrain=1", "train=8", "validation=7", "test=1", "--seconds", "4", "6"],
+    subprocess.run([sys.executable, "-m", "sage_nb.cli", "sample", "data", "--subjects", "pretrain=1", "train=6", "validation=4", "test=1", "--seconds", "4", "5"],
                    cwd=folder, env=environment(folder), check=True)
     commit(folder)
     return folder
 
 
-def make(folder: Path, target: str) -> str:
+def make(folder: Path, target: str, *prefix: str) -> str:
     "Run a target of the Makefile with the environment that runs this test; its output."
-    done = subprocess.run(["make", "-s", "-o", "env", target, f"VENV={sys.prefix}"], cwd=folder, env=environment(folder),
+    done = subprocess.run([*prefix, "make", "-s", "-o", "env", target, f"VENV={sys.prefix}"], cwd=folder, env=environment(folder),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -54,7 +64,14 @@ def test_from_raw_video_to_tables_and_figures_and_again(scratch):
 
     rows = list(csv.DictReader((scratch / "results/tables/comparison.csv").open()))
     assert list(rows[0])[:9] == ["model", "configuration", "seeds", "ccc_valence", "ccc_arousal", "p", "p_std", "p_low", "p_high"]
-    assert {"concat", "sage"} < {row["model"] for row in rows}
+    assert set(KEPT["models"]) < {row["model"] for row in rows} and {row["seeds"] for row in rows if row["model"] == "sage"} == {"2"}
+    rows = list(csv.DictReader((scratch / "results/tables/ablation.csv").open()))
+    assert [(row["model"], row["seeds"]) for row in rows] == [("sage", "2"), *((label, "1") for label in KEPT["ablations"])]
+    rows = list(csv.DictReader((scratch / "results/tables/robustness.csv").open()))
+    assert {row["model"] for row in rows} == set(KEPT["models"])
+    stages = read_stages(scratch, read_params(scratch)["paths"])
+    assert [line.split()[0] for line in said.splitlines() if line.endswith(" MB") and "together" not in line] == [name for name, stage in stages.items() if not stage["apart"]]
+    assert not (scratch / "results/replication").exists()
     for path in (scratch / "results").glob("*/*.md"), (scratch / "results").glob("*/*.png"):
         for file in path:
             about = json.loads(file.with_suffix(".provenance.json").read_text())
@@ -65,12 +82,14 @@ def test_from_raw_video_to_tables_and_figures_and_again(scratch):
     assert {line[3:] for line in stray if line} == {"dvc.lock", "results/"}
 
     commit(scratch)
-    assert "verified: every file of results/ and dvc.lock has the bytes that are committed" in make(scratch, "verify")
+    assert "verified: every file of results/ and dvc.lock has the bytes that are committed" in make(scratch, "verify", *ONE_CORE)  # bytes do not depend on how many work
 
 
 def test_a_fusion_parameter_runs_no_extraction_and_a_figure_runs_one_stage(scratch):
+    stages = [name for name, stage in read_stages(scratch, read_params(scratch)["paths"]).items() if not stage["apart"]]
+
     def would_run() -> list[str]:
-        done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], cwd=scratch, env=environment(scratch), capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", *stages], cwd=scratch, env=environment(scratch), capture_output=True, text=True)
         return sorted(json.loads(done.stdout))
 
     assert would_run() == []
@@ -83,3 +102,13 @@ def test_a_fusion_parameter_runs_no_extraction_and_a_figure_runs_one_stage(scrat
     with (scratch / "sage_nb/figures.py").open("a") as file:
         file.write("\n")
     assert would_run() == ["figures"]
+
+
+def test_the_replication_makes_its_corpora_and_judges_them(scratch):
+    said = make(scratch, "replicate", *ONE_CORE)  # starting workers would take longer than their work
+    assert {path.name for path in (scratch / "work/replication").iterdir()} == {"control", "stage.json"} and not (scratch / ".work/replicate").exists()
+    rows = {name: list(csv.DictReader((scratch / f"results/replication/{name}.csv").open())) for name in ("replication", "verdicts")}
+    assert [(row["corpus"], row["model"], row["seeds"]) for row in rows["replication"]] == [("control", "concat", "1"), ("control", "sage", "1")]
+    assert [row["criterion"] for row in rows["verdicts"]] == ["P of SAGE less that of concatenation", "verdict: criteria that are met"]
+    about = json.loads((scratch / "results/replication/verdicts.provenance.json").read_text())
+    assert set(about["stages"]) == {"replicate", "verdict"} and "sample.py" in about["stages"]["replicate"]["code"] and "results/replication/verdicts.md" in said

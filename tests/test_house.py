@@ -3,23 +3,32 @@ import ast
 import configparser
 import csv
 import hashlib
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import ROOT, environment
-from sage_nb.pipeline import import_closure, imported_modules, notebook_parameters, read_params, read_stages
+from sage_nb.baselines import build_model
+from sage_nb.evaluation import ABLATIONS, LABELS
+from sage_nb.features import CUE_OWNERS
+from sage_nb.pipeline import GIVEN, import_closure, imported_modules, notebook_parameters, read_params, read_stages
+from sage_nb.sage import SAGE
+from sage_nb.training import Settings, fit, matching_width
 
+MODEL_CODE = ("metrics", "interaction", "reliability", "losses", "sage", "baselines", "windows", "corruption", "training")  # torch and numpy only
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 STAGES = [path for path in NOTEBOOKS if re.match(r"\d\d_stage_", path.name)]
-MODULES = [path for path in NOTEBOOKS if re.match(r"\d\d_(?!stage_)", path.name)]
+READERS = [ROOT / "nbs/23_your_own_features.ipynb"]  # for a reader; they export nothing
+MODULES = [path for path in NOTEBOOKS if re.match(r"\d\d_(?!stage_)", path.name) and path not in READERS]
 
 
 def cells(path: Path) -> list[dict]:
@@ -37,7 +46,7 @@ def test_notebooks_are_numbered_in_the_order_of_the_floors():
     assert all(re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", name) for name in names)
     numbers = [name[:2] for name in names]
     assert len(set(numbers)) == len(numbers)
-    assert max(path.name for path in MODULES) < min(path.name for path in STAGES)
+    assert max(path.name for path in NOTEBOOKS if path in MODULES + READERS) < min(path.name for path in STAGES)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -52,6 +61,12 @@ def test_a_module_imports_only_from_floors_below(path):
 def test_one_notebook_one_module(path):
     exports = [line for cell in cells(path) for line in "".join(cell["source"]).splitlines() if line.startswith("#| default_exp")]
     assert exports == [f"#| default_exp {path.stem[3:]}"]
+
+
+@pytest.mark.parametrize("path", READERS, ids=lambda path: path.stem)
+def test_a_readers_notebook_exports_nothing_and_needs_only_model_code(path):
+    assert "#| export" not in path.read_text() and "#| default_exp" not in path.read_text()
+    assert imported_modules(path) <= {"core", *MODEL_CODE}
 
 
 def test_every_module_has_a_notebook():
@@ -126,18 +141,61 @@ def test_a_stage_depends_on_the_paths_and_parameters_it_is_given(stages):
         assert entries[name]["params"] == [name]
         given = set(notebook_parameters(ROOT / "nbs" / Path(stage["notebook"]).name))
         declared = set(re.findall(r"paths\.(\w+)", json.dumps(entries[name])))
-        assert given - {"provenance"} == set(params[name]) | declared, name
+        assert given - set(GIVEN) == set(params[name]) | declared, name
 
 
 def test_stepping_through_prepare_makes_the_splits_of_the_pipeline():
     section = read_params(ROOT)["prepare"]
-    assert {name: notebook_parameters(ROOT / "nbs/21_stage_prepare.ipynb")[name] for name in section} == section
+    assert {name: notebook_parameters(ROOT / "nbs/31_stage_prepare.ipynb")[name] for name in section} == section
 
 
 def test_changing_the_fusion_extracts_nothing_again(stages):
-    extraction = [set(stages[name]["deps"]) for name in ("prepare", "pretrain", "encode")]
-    for module in ("interaction", "reliability", "losses", "sage", "baselines", "windows", "corruption", "training", "evaluation"):
-        assert not any(f"sage_nb/{module}.py" in deps for deps in extraction), module
+    fusion = {"interaction", "reliability", "losses", "sage", "baselines", "training", "evaluation", "robustness"}
+    corruption = {"windows", "corruption", "suite"}  # with which the copies and the suite are made, but not the store
+    for name, banned in dict(prepare=fusion | corruption, pretrain=fusion | corruption, encode=fusion, corrupt=fusion).items():
+        assert not {Path(dep).stem for dep in stages[name]["deps"]} & banned, name
+
+
+def test_every_row_of_the_comparison_and_of_the_ablations_can_be_built_and_has_words():
+    train = read_params(ROOT)["train"]
+    assert set(train["models"]) == set(LABELS) and set(train["ablations"]) == set(ABLATIONS)
+    assert set(train["ablation_seeds"]) <= set(train["seeds"]) and set(read_params(ROOT)["evaluate"]["robustness_seeds"]) <= set(train["seeds"])
+    for label, about in (train["models"] | train["ablations"]).items():
+        options = about.get("options", {})
+        if options.get("hidden") == "match sage":
+            options["hidden"] = matching_width(64, 64, len(CUE_OWNERS), cue_owners=CUE_OWNERS)
+        build_model(about.get("model", label), 64, 64, len(CUE_OWNERS), cue_owners=CUE_OWNERS, **options)
+        Settings(**(settings := about.get("settings", {})))
+        assert not set(settings) & set(inspect.signature(fit).parameters), label
+
+
+def test_an_ablation_is_not_sage_itself():
+    "Each changes an option or a setting to what is not its default, in the type of the default."
+    defaults = {name: p.default for name, p in inspect.signature(SAGE).parameters.items()} | asdict(Settings())
+    for label, about in read_params(ROOT)["train"]["ablations"].items():
+        [(name, value)] = (about.get("options", {}) | about.get("settings", {})).items()
+        assert about["model"] == "sage" and value != defaults[name] and type(value) is type(defaults[name]), label
+
+
+def test_the_suite_corrupts_what_is_evaluated():
+    params = read_params(ROOT)
+    assert params["corrupt"]["split"] == params["evaluate"]["split"] and params["tables"]["seed"] == params["figures"]["seed"]
+    assert params["tables"]["resamples"] == params["figures"]["resamples"]
+
+
+def test_the_replication_differs_from_the_pipeline_in_its_corpora_alone(stages):
+    assert [name for name, stage in stages.items() if stage["apart"]] == ["replicate", "verdict"]
+    assert not any(out in dep for name in ("replicate", "verdict") for out in stages[name]["outs"]
+                   for other, stage in stages.items() if other not in ("replicate", "verdict") for dep in stage["deps"])
+    params = read_params(ROOT)
+    own, train = params["replicate"], params["train"]
+    corpora, expected = own["corpora"], params["prepare"] | params["pretrain"] | params["encode"]
+    expected |= dict(epochs=train["epochs"], selection=train["selection"], split=params["evaluate"]["split"], seeds=[0, 1, 2, 3, 4], corpora=corpora)
+    assert own == expected and params["verdict"] == {name: params["tables"][name] for name in ("resamples", "seed")}
+    assert corpora["second"]["models"] == train["models"] and {"concat", "concat_wide", "concat_readouts", "sage"} <= set(corpora["control"]["models"])
+    assert all(train["models"][label] == about for label, about in corpora["control"]["models"].items())
+    samples = {name: about["sample"] for name, about in corpora.items()}
+    assert samples == {"second": {"seed": 1}, "control": {"seed": 2, "nuisances": False}}  # the sample's own seed is 0
 
 
 def test_changing_a_figure_runs_one_stage(stages):
@@ -149,8 +207,8 @@ def test_only_evaluation_reads_the_truth(stages):
     readers = {name for name, stage in stages.items() if any(truth.startswith(dep.rstrip("/")) for dep in stage["deps"])}
     assert readers == {"conditions", "evaluate"}
     package = ROOT / "sage_nb"
-    trained = import_closure(package / "training.py", package) | import_closure(ROOT / "nbs/25_stage_train.ipynb", package) | {"training"}
-    assert {"windows", "sage", "features"} <= trained and not trained & {"evaluation", "conditions"}
+    trained = import_closure(package / "training.py", package) | import_closure(ROOT / "nbs/36_stage_train.ipynb", package) | {"training"}
+    assert {"windows", "sage", "features"} <= trained and not trained & {"evaluation", "conditions", "robustness"}
     for module in trained - {"sample"}:
         names = {getattr(node, field, None) for node in ast.walk(ast.parse((package / f"{module}.py").read_text()))
                  for field in ("id", "attr", "arg", "name", "value")}
@@ -214,9 +272,8 @@ def test_runtime_imports_are_declared():
 
 
 def test_model_code_needs_only_torch_and_numpy():
-    modules = "metrics, interaction, reliability, losses, sage, baselines, windows, corruption, training"
     banned = ("av", "cv2", "torchaudio", "pandas", "matplotlib", "scipy", "pyarrow", "yaml", "tqdm", "dvc", "papermill", "nbdev")
-    code = f"import sys; sys.modules.update(dict.fromkeys({banned!r})); from sage_nb import {modules}"
+    code = f"import sys; sys.modules.update(dict.fromkeys({banned!r})); from sage_nb import {', '.join(MODEL_CODE)}"
     done = subprocess.run([sys.executable, "-c", code], env=environment(ROOT), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

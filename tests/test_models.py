@@ -12,6 +12,7 @@ SIZES = dict(visual_width=16, audio_width=8)
 VISUAL, AUDIO, CUES = 7, 5, 2
 MODELS = sorted(Estimator.registry)
 FUSIONS = [name for name in MODELS if name not in ("visual", "audio")]
+WHOLE_WINDOW = {"jca", "rjca", "grjca", "tagf", "crossmodal", "raav"}  # their fusion looks at all frames at once
 
 
 def model_of(name, seed=0, **options):
@@ -32,7 +33,8 @@ def per_frame(output):
 
 
 @pytest.mark.parametrize("name,options", [(n, {}) for n in MODELS] + [
-    ("sage", dict(steps=s)) for s in (0, 1, 3)] + [("sage", dict(weighting="gates")), ("sage", dict(causal=True))])
+    ("sage", dict(steps=s)) for s in (0, 2, 3)] + [("sage", dict(options)) for options in (
+        dict(weighting="gates"), dict(causal=True), dict(fusion="sum"), dict(interaction="attention"), dict(watch_states=True), dict(detached=False))])
 def test_every_parameter_gets_a_gradient(name, options):
     "Through the very loss that training uses; a parameter without one would be dead weight in the count."
     sequences, _ = made_up_sequences(8, 0, (60, 80), VISUAL, AUDIO)
@@ -95,9 +97,15 @@ def test_any_length(name, frames):
     assert all(torch.isfinite(value.float()).all() for value in per_frame(output).values()) and output.va.abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_causal_models_do_not_see_the_future(name):
-    model, given = model_of(name, causal=True), inputs()
+@pytest.mark.parametrize("name", sorted(WHOLE_WINDOW))
+def test_a_fusion_of_the_whole_window_cannot_be_causal(name):
+    with pytest.raises(DataError, match="causal"):
+        model_of(name, causal=True)
+
+
+@pytest.mark.parametrize("name,options", [(name, {}) for name in MODELS if name not in WHOLE_WINDOW] + [("sage", dict(interaction="attention"))])
+def test_causal_models_do_not_see_the_future(name, options):
+    model, given = model_of(name, causal=True, **options), inputs()
     later = {key: value.clone() for key, value in given.items()}
     for key in ("visual", "audio", "cues"):
         later[key][:, 30:] += 1
@@ -157,7 +165,7 @@ def test_wrong_sizes_are_named(key, size):
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(DataError, match="sega.*audio, concat.*sage"):
+    with pytest.raises(DataError, match="sega.*audio, can, .*sage"):
         build_model("sega", VISUAL, AUDIO)
     with pytest.raises(DataError, match="configuration 'huge'"):
         build_model("sage", VISUAL, AUDIO, configuration="huge")
@@ -170,11 +178,10 @@ def test_unknown_names_are_named():
 
 def set_evidence(model, low=None):
     "Make the branch say the same of every modality, stage and frame, or less of one modality."
-    torch.nn.init.zeros_(model.branch.log_var.weight)
-    torch.nn.init.constant_(model.branch.log_var.bias, -2.0)
-    if low is not None:
-        model.branch.log_var.bias.data[2 * low : 2 * low + 2] = 0.0
-    said = model(**inputs() | dict(visual_ok=None, audio_ok=None)).readout_log_var[0, 0, 0 if low != 0 else 1, 0]
+    for m, judge in enumerate(model.branch.judges):
+        torch.nn.init.zeros_(judge.log_var.weight)
+        torch.nn.init.constant_(judge.log_var.bias, 0.0 if m == low else -2.0)
+    said = model(**inputs() | dict(visual_ok=None, audio_ok=None)).raw_readout_log_var[0, 0, 0 if low != 0 else 1, 0]
     evidence = (model.branch.label_variance / said.exp() - 1).clamp(min=model.branch.floor).log().mean()
     model.branch.centre.fill_(evidence.item())
 
@@ -221,9 +228,9 @@ def test_the_branch_sends_no_gradient_into_the_representation():
     model, given = model_of("sage"), inputs()
     model.train()
     output = model(**given)
-    terms = model.extra_loss(output, torch.rand(3, 50, 2) - 0.5, given["mask"])
+    terms = model.extra_loss(output, torch.rand(3, 50, 2) - 0.5, given["mask"], torch.rand(3, 50, 2) > 0.5)
     representation = [*model.front.parameters(), *model.interaction.parameters(), *model.readouts.parameters(), *model.head.parameters()]
-    for name in ("likelihood", "order", "variance"):
+    for name in ("likelihood", "order", "known", "variance"):
         gradients = torch.autograd.grad(terms[name], representation, retain_graph=True, allow_unused=True)
         assert all(g is None for g in gradients), name
     gradients = torch.autograd.grad(terms["readout"], list(model.front.parameters()), retain_graph=True)
@@ -236,7 +243,7 @@ def test_the_branch_sends_no_gradient_into_the_representation():
 
 def test_outputs_keep_their_bounds():
     output = model_of("sage")(**inputs())
-    assert output.log_var.shape == (3, 50, 2) and output.reliability.shape == output.weights.shape == (3, 50, 2, 3)
+    assert output.log_var.shape == (3, 50, 2) and output.reliability.shape == output.weights.shape == (3, 50, 2, 2)
     assert (output.log_var.exp() <= 1.01 - output.va.square() + 1e-6).all()
     assert (output.reliability >= 0).all() and (output.reliability <= 1).all()
 
@@ -248,3 +255,68 @@ def test_unlabelled_frames_train_nothing():
     before = model.extra_loss(output, va, valid)
     after = model.extra_loss(output, torch.where(valid[..., None], va, float("nan")), valid)
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_modality_that_is_not_trusted_is_a_modality_that_is_missing():
+    "Trust scales what is represented, so what a doubtful modality says does not reach any state, however loud."
+    model, given = model_of("sage"), inputs()
+    set_evidence(model, 0)
+    model.confidence.alpha.data.fill_(1e3)  # doubt becomes certainty
+    loud = model(**given | dict(visual=given["visual"] * 1e3))
+    torch.testing.assert_close(loud.va, model(**given).va, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        plain = model_of("sage", gated_input=False)
+        set_evidence(plain, 0)
+        plain.confidence.alpha.data.fill_(1e3)
+        changed = (plain(**given | dict(visual=given["visual"] * 1e3)).readouts - plain(**given).readouts).abs().max()
+    assert changed > 0.1
+
+
+@pytest.mark.parametrize("reliability", ["shared", "constant", "none"])
+def test_switches_of_reliability(reliability):
+    model, given = model_of("sage", reliability=reliability, steps=2), inputs()
+    full = model_of("sage", steps=2)
+    full.load_state_dict(model.state_dict())
+    weights, usual = model(**given).weights, full(**given).weights
+    there = weights > 0
+    if reliability == "none":
+        both = there.all(2, keepdim=True)
+        torch.testing.assert_close(weights[both.expand_as(weights)], torch.full_like(weights[both.expand_as(weights)], 1 / 3))
+    elif reliability == "shared":
+        torch.testing.assert_close(weights, weights[..., :1].expand_as(weights))
+    else:
+        both = there.all(-1).all(-1)
+        for b in range(3):
+            torch.testing.assert_close(weights[b][both[b]], weights[b][both[b]][:1].expand_as(weights[b][both[b]]))
+    assert not torch.allclose(weights, usual)
+
+
+def test_what_a_branch_watches():
+    "Cues where there are some; detached states where there are none, or where it is asked for."
+    given = inputs()
+    output = model_of("sage")(**given)
+    louder = model_of("sage")(**given | dict(visual=given["visual"] * 3))
+    assert torch.equal(output.reliability, louder.reliability) and not torch.equal(output.va, louder.va)
+    watching = model_of("sage", watch_states=True)
+    assert not torch.equal(watching(**given).reliability, watching(**given | dict(visual=given["visual"] * 3)).reliability)
+    torch.manual_seed(0)
+    blind = build_model("sage", VISUAL, AUDIO, **SIZES).eval()
+    given.pop("cues")
+    assert blind.branch.watches_states and blind(**given).reliability[given["visual_ok"]][:, 0].std() > 0
+
+
+def test_conformal_intervals_count_videos_not_frames():
+    "One long video with large errors must not widen the interval as if it were many."
+    model = model_of("sage")
+    given = inputs(frames=60, windows=10)
+    with torch.no_grad():
+        output = model(**given | dict(visual_ok=None, audio_ok=None))
+    noise = torch.full((10, 60, 2), 0.1)
+    noise[0] = 0.9
+    valid = torch.ones(10, 60, dtype=torch.bool)
+    valid[1:, 6:] = False  # nine short videos, one long
+    model.calibrate_output([output], [output.va + noise], [valid])
+    with torch.no_grad():
+        width = model(**given | dict(visual_ok=None, audio_ok=None)).half_width
+    covered = (noise <= width + 1e-6)[valid]
+    assert covered.float().mean() > 0.4 and (noise[1:] <= width[1:] + 1e-6)[valid[1:]].all()

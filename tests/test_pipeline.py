@@ -54,6 +54,23 @@ core.write_text(f"{results}/tables/table.csv", "title,total\\n" + f"{title},{sum
 core.write_json(f"{results}/tables/arithmetic.json", core.arithmetic())"""
 
 
+ASIDE = """  aside:
+    cmd: exec python -m sage_nb.pipeline run aside
+    deps: [work/sources/22_stage_aside.ipynb, sage_nb/core.py]
+    params: [aside]
+    meta: {apart: true}
+    outs: ["${paths.results}/aside": {cache: false}]
+"""
+ASIDE_CODE = """from pathlib import Path
+from sage_nb import core
+if Path(scratch, "half").exists():
+    print("kept half")
+else:
+    core.write_json(f"{scratch}/half", word)
+    raise core.DataError("only half; run again")
+core.write_text(f"{results}/aside/said.txt", core.read_json(f"{scratch}/half"))"""
+
+
 def notebook(path: Path, parameters: str, code: str) -> None:
     cells = [dict(cell_type="raw", id="skip", metadata={}, source="---\nskip_exec: true\n---")]
     cells += [dict(cell_type="code", id=name, metadata=meta, source=source, outputs=[], execution_count=None)
@@ -363,17 +380,32 @@ def test_killed_again_and_again_the_run_ends_in_the_same_bytes(project):
     assert sorted(path.name for path in (project / ".work").iterdir()) == ["executed", "ipython", "log", "site"]
 
 
-def test_verify(copied):
+def test_verify_and_a_stage_apart(copied):
     project = copied
     assert pipeline(project, "verify").stderr.startswith("results: nothing of it is in git")
+    (project / "results/record.txt").write_text("measured once")  # an input that lies among the results
+    stages = STAGES.replace('"${paths.items}", "${paths.truth}"', '"${paths.items}", "${paths.truth}", results/record.txt')
+    (project / "dvc.yaml").write_text(stages.replace("21_stage_report.ipynb]", "21_stage_report.ipynb, nbs/22_stage_aside.ipynb]", 1) + ASIDE)
+    notebook(project / "nbs/22_stage_aside.ipynb", 'results = "results"\nscratch = "scratch"\nword = ""', ASIDE_CODE)
+    set_params(project, aside=dict(word="once more"))
+    done = pipeline(project, "repro")
+    assert done.returncode == 0 and "Running stage 'report'" in done.stdout and "Running stage 'aside'" not in done.stdout
+    done = pipeline(project, "repro", "aside")
+    assert done.returncode == 2 and "only half; run again" in done.stderr and not (project / "results/aside").exists()
+    done = pipeline(project, "repro", "aside")
+    assert done.returncode == 0 and "kept half" in done.stdout and (project / "results/aside/said.txt").read_text() == "once more"
+    assert not (project / ".work/aside").exists()
     commit(project)
     (project / "results/tables/stray.csv").touch()
     assert pipeline(project, "verify").stderr.startswith("results/tables/stray.csv: changed since the last commit")
-    shutil.rmtree(project / "results")  # as a verify that was killed leaves it
+    shutil.rmtree(project / "results/tables")  # as a verify that was killed leaves it
     done = pipeline(project, "verify")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verified: every file of results/ and dvc.lock has the bytes that are committed" in done.stdout
     assert "Running stage 'make'" in done.stdout and "kept" not in done.stdout
+    assert (project / "results/record.txt").read_text() == "measured once"
+    assert "Running stage 'aside'" not in done.stdout and "results/aside: not rebuilt" in done.stdout
+    assert (project / "results/aside/said.txt").read_text() == "once more"
     table, record = project / "results/tables/table.csv", project / "results/tables/arithmetic.json"
     table.write_text(table.read_text().replace("36.0", "36.01"))
     commit(project)

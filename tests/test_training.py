@@ -159,17 +159,18 @@ def test_the_last_part_moves_only_fusion_and_head(data):
     model.finish = lambda: (finish(), seen.update(before={k: v.clone() for k, v in model.state_dict().items()}))
     fit(model, *data, epochs=6, window=60)
     moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, seen["before"][k])}
-    assert moved == {"confidence", "head", "kappa", "slope", "shift"}  # the last two by calibration of the output
+    assert moved == {"confidence", "head", "kappa", "slope", "shift", "quantile"}  # the last three by calibration of the output
     assert (seen["before"]["branch.slope"] != 1).all()  # and calibration came before
 
 
 def test_predicted_variances_are_right_on_the_calibration_sequences_at_every_stage(data):
     model, settings = model_of(), training.Settings(window=60)
     fit(model, *data, epochs=6, window=60)
-    training._calibrate(model, data[1], settings, torch.device("cpu"))
+    for _ in range(2):  # trust at stage 0 scales the input, so the fit is a fixed point
+        training._calibrate(model, data[0], data[1], training.Settings(window=60, refine_steps=0), 0, torch.device("cpu"))
     outputs, va, valid = training._outputs(model, data[1], settings, torch.device("cpu"))
     for s in range(model.stages):
-        log_var = torch.cat([model.branch.calibrated(o.readout_log_var[..., s, :], s).flatten(0, 1) for o in outputs])  # [N, M, 2]
+        log_var = torch.cat([o.readout_log_var[..., s, :].flatten(0, 1) for o in outputs])  # [N, M, 2]
         error = torch.cat([(o.readouts[..., s, :] - y[:, :, None]).flatten(0, 1) for o, y in zip(outputs, va)])
         counts = torch.cat([(v[..., None] & o.ok).flatten(0, 1) for o, v in zip(outputs, valid)])  # [N, M]
         for m in range(2):
@@ -228,11 +229,41 @@ def test_runs_side_by_side(tmp_path, data):
             core.write_arrays(store / f"{s.id}.safetensors", {k: getattr(s, k) for k in
                               ("visual", "audio", "va", "visual_ok", "audio_ok", "valid", "cues")}, dict(group=s.group))
     core.write_json(store / "index.json", index)
-    folders = train_runs(store, tmp_path / "runs", ["visual", "sage"], [3], workers=2, epochs=1, window=60)
-    assert [f.name for f in folders] == ["visual-3", "sage-3"]
-    run = json.loads((folders[1] / "run.json").read_text())
-    assert (run["name"], run["configuration"], run["seed"]) == ("sage", "equal", 3)
+    models = {"visual": {}, "sage": None, "wide": {"model": "concat", "options": {"hidden": "match sage"}, "settings": {"augment": 0.0}}}
+    folders = train_runs(store, tmp_path / "runs", models, [3], kind="ablation", workers=2, epochs=1, window=60)
+    assert [f.name for f in folders] == ["visual-3", "sage-3", "wide-3"]
+    _, run, wide = (json.loads((folder / "run.json").read_text()) for folder in folders)
+    assert (run["label"], run["name"], run["kind"], run["configuration"], run["seed"], run["selection"]) == ("sage", "sage", "ablation", "equal", 3, "dev")
+    assert (wide["label"], wide["name"], wide["settings"]["augment"], run["settings"]["augment"]) == ("wide", "concat", 0.0, 0.6)
+    assert abs(wide["parameters"] / run["parameters"] - 1) < 0.01  # as many as SAGE has
     assert load_run(folders[1])(*collate(data[0], [(0, 0)], 60).inputs).va.shape[2] == 2
+    with pytest.raises(DataError, match="model visual: optoins is not known"):
+        train_runs(store, tmp_path / "runs", {"visual": {"optoins": {}}}, [3])
+
+
+def test_calibration_may_come_inside_after_or_not_at_all(data):
+    lines = {}
+    for when in ("inside", "after", "never"):
+        model = model_of()
+        history = fit(model, *data, epochs=4, window=60, refine_steps=5, calibrate=when)
+        lines[when] = model.branch.slope.clone(), model.quantile.clone(), [h["eligible"] for h in history]
+    assert lines["inside"][2] == [False, False, False, True] and all(lines["after"][2]) and all(lines["never"][2])
+    assert (lines["never"][0] == 1).all() and (lines["never"][1] == 1.645).all()
+    assert (lines["after"][0] != 1).all() and (lines["inside"][0] != 1).all() and (lines["after"][1] != 1.645).all()
+    with pytest.raises(DataError, match="calibrate 'before' is not known"):
+        fit(model_of(), *data, calibrate="before")
+
+
+def test_copies_are_shown_and_known(data):
+    "A window that shows its copy has the copy's features, flags and cues, and says where it was corrupted."
+    copies = [replace(s, copy=replace(s, visual=s.visual + 1, corrupted=np.tile([True, False], (len(s), 1)))) for s in data[0]]
+    batch = collate(copies, [(i, 0) for i in range(len(copies))], 60)
+    shown = augment(batch, np.random.default_rng(0), probability=1, copies=1)
+    assert torch.equal(shown.visual, batch.copy.visual) and torch.equal(shown.corrupted, batch.copy.corrupted) and shown.corrupted[..., 0].any()
+    assert shown.copy is None and not batch.corrupted.any()
+    untouched = augment(batch, np.random.default_rng(0), probability=0, copies=1)
+    assert torch.equal(untouched.visual, batch.visual) and not untouched.corrupted.any()
+    assert training.data_hash(copies) != training.data_hash(data[0])
 
 
 # windows and batches
