@@ -400,7 +400,7 @@ def test_evaluate_runs_from_a_store_and_a_trained_run(tmp_path, parts):
     assert np.allclose(v1.time, np.arange(60) / 25 + 0.5) and (v1.group == "k0").all()
     assert np.array_equal(v1.valid, truth.valid) and np.array_equal(v1.valence[truth.valid.tolist()], truth.va[truth.valid, 0])
     assert np.allclose(v1[["pred_valence", "pred_arousal"]], said.va, atol=1e-6)
-    assert np.allclose(v1.reliability_audio_2, said.reliability[:, 1, 2], atol=1e-6)
+    assert np.allclose(v1.reliability_audio_1, said.reliability[:, 1, 1], atol=1e-6)
     assert np.allclose(v1.weight_visual_0, said.weights[:, 0, 0], atol=1e-6)
     assert evidence.runs[["model", "base", "kind"]].to_numpy().tolist() == [["no_ordinal", "sage", "ablation"]] and evidence.history.model.tolist() == ["no_ordinal"] * 2
     dev = evidence.predictions("sage-0", "dev")
