@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sage_nb.evaluation import simulate_evidence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,3 +33,14 @@ def commit(folder: Path) -> None:
     for command in (["init", "-q", "-b", "main"], ["add", "-A"],
                     ["-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-q", "-m", "test"]):
         subprocess.run(["git", *command], cwd=folder, check=True, env=environment(folder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evidence")
+
+
+@pytest.fixture(scope="module")
+def evidence(folder):
+    "Simulated evidence of two seeds, in a folder of the module's own."
+    return simulate_evidence(folder / "evidence", seeds=[0, 1], trials=8, frames=240)

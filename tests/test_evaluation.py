@@ -13,16 +13,6 @@ from sage_nb.features import CUES
 from sage_nb.metrics import ence, holm
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("evidence")
-
-
-@pytest.fixture(scope="module")
-def evidence(folder):
-    return simulate_evidence(folder / "evidence", seeds=[0, 1], trials=8, frames=240)
-
-
 def reference_ccc(x, y):
     x, y = [float(v) for v in x], [float(v) for v in y]
     n = len(x)

@@ -24,16 +24,6 @@ NAMES = ["comparison", "conventions", "ablation", "calibration", "detection", "r
          "published", "claims"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tables")
-
-
-@pytest.fixture(scope="module")
-def evidence(folder):
-    return simulate_evidence(folder / "evidence", seeds=[0, 1], trials=8, frames=240)
-
-
 def record(stage, inputs):
     return dict(stage=stage, parameters={"of": stage}, code={f"{stage}.py": "00"}, inputs=inputs)
 
