@@ -7,10 +7,11 @@ export PYTHONPATH := $(CURDIR)
 MODULE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m
 PIPELINE = $(MODULE) sage_nb.pipeline
 
-.PHONY: help env repro replicate verify test bench readme lab clean
+.PHONY: help env repro tune replicate verify test bench readme lab clean
 
 help:
 	@echo "make repro      raw video in, tables and figures out (makes $(VENV) and fetches the sample first)"
+	@echo "make tune       the search on dev that found each model's settings (about 15 minutes; not part of make repro)"
 	@echo "make replicate  the comparison again on two more sample corpora, made for it (about 40 minutes; not part of make repro)"
 	@echo "make test       every check (makes $(VENV) and fetches the sample first): notebooks, package, tests, the pipeline at a small size"
 	@echo "make verify     rebuild from raw video what make repro made of results/, and compare with what is committed"
@@ -21,6 +22,9 @@ help:
 
 repro: env
 	@$(PIPELINE) repro
+
+tune: env
+	@$(PIPELINE) repro tune
 
 replicate: env
 	@$(PIPELINE) repro verdict
@@ -34,7 +38,7 @@ readme: env
 test: env
 	@$(PIPELINE) fetch
 	nbdev_test --n_workers 2
-	python -m pytest -q
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 bench: env
 	@$(MODULE) sage_nb.efficiency

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from . import sage  # registers SAGE
-from .core import DataError, Sequence
-from .interaction import MODALITIES, Estimator, FrontEnd, Head, Output, TemporalConv
+from .core import MODALITIES, DataError, Sequence
+from .interaction import Estimator, FrontEnd, Head, Output, TemporalConv
 from .losses import beta_nll, mean_square
 from .reliability import Readouts, label_variance, soft_clamp
 
@@ -456,11 +456,12 @@ class JointNetwork(nn.Module):
         dim: int,  # channels of the joint representation
         frames: int | None,  # L of the fixed map over time
         rectified: bool,  # a ReLU behind the gates
+        dropout: float,  # in the attention
         head: nn.Module,
     ):
         super().__init__()
         self.frames, self.rectified = frames, rectified
-        self.interaction = nn.ModuleList(JointAttention(widths, dim, frames) for _ in range(steps))
+        self.interaction = nn.ModuleList(JointAttention(widths, dim, frames, dropout) for _ in range(steps))
         self.gates, self.head = nn.ModuleList(gates), head
 
     def forward(self, states: list[Tensor], ok: Tensor, mask: Tensor) -> Tensor:
@@ -497,6 +498,7 @@ class RJCA(Estimator, name="rjca"):
         dim: int = 96,  # d, channels of the joint representation
         time_map: str = "free",  # "free": any length alike; "fixed": the lineage's Linear over a window of `frames`
         frames: int = 300,  # L of the fixed map
+        attention_dropout: float = 0.6,  # the lineage's
         dropout: float = 0.1,
         lineage: bool = False,  # the lineage's front end and head, and a network for each target
         **front,  # further options of the front end
@@ -510,7 +512,7 @@ class RJCA(Estimator, name="rjca"):
         self.front = front_end(lineage, visual_dim, audio_dim, cue_dim, dropout=dropout, **front)
         widths = self.front.widths
         self.networks = nn.ModuleList(
-            JointNetwork(widths, self.steps, self.gates(widths, lineage), dim, frames if time_map == "fixed" else None, self.rectified,
+            JointNetwork(widths, self.steps, self.gates(widths, lineage), dim, frames if time_map == "fixed" else None, self.rectified, attention_dropout,
                          LineageHead(sum(widths), 1) if lineage else Head(sum(widths), dropout=dropout))
             for _ in range(2 if lineage else 1))
 

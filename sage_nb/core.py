@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['DataError', 'project_root', 'whole', 'write_text', 'write_json', 'read_json', 'write_arrays', 'read_arrays',
-           'content_hash', 'value_hash', 'progress', 'die_with_parent', 'pin_arithmetic', 'cores', 'parallel_map',
-           'arithmetic', 'Sequence', 'Prediction']
+__all__ = ['MODALITIES', 'DataError', 'project_root', 'whole', 'write_text', 'write_json', 'read_json', 'write_arrays',
+           'read_arrays', 'content_hash', 'value_hash', 'progress', 'die_with_parent', 'pin_arithmetic', 'cores',
+           'parallel_map', 'arithmetic', 'Sequence', 'Prediction']
 
 # %% ../nbs/00_core.ipynb #32e62e45
+MODALITIES = ("visual", "audio")  # in this order wherever they are numbered
+
+
 class DataError(Exception):
     "Bad input. The message is one sentence that names the file, what is wrong and what to do; commands end with exit code 2."
 

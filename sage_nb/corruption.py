@@ -31,7 +31,7 @@ def augment(
     "Corrupt a share of the windows; labels and masks stay as they are, and `corrupted` becomes that of the copies shown."
     features = [batch.visual.clone(), batch.audio.clone()]
     cues = None if batch.cues is None else batch.cues.clone()
-    owned = [[i for i, owner in enumerate(cue_owners) if owner == letter] for letter in "va"]
+    owned = [[i for i, owner in enumerate(cue_owners.lower()) if owner == letter] for letter in "va"]
     flags, corrupted = [batch.visual_ok.clone(), batch.audio_ok.clone()], batch.corrupted.clone()
     windows, frames = batch.mask.shape
     scale = [torch.nan_to_num(x[ok]).std(0) if ok.sum() > 1 else torch.ones(x.shape[-1]) for x, ok in zip(features, flags)]
@@ -246,7 +246,7 @@ def _hidden(sequence: Sequence, modality: str, lost: np.ndarray, cue_owners: str
     "The sequence without a modality in the frames `lost` [T] bool."
     features, ok, cues = getattr(sequence, modality), getattr(sequence, f"{modality}_ok"), sequence.cues
     if cues is not None:
-        owned = [i for i, owner in enumerate(cue_owners) if owner in (modality[0], "b")]
+        owned = [i for i, owner in enumerate(cue_owners.lower()) if owner in (modality[0], "b")]
         cues = cues.copy()
         cues[np.ix_(lost, owned)] = np.nan
     return replace(sequence, **{modality: np.where(lost[:, None], features.dtype.type(0), features), f"{modality}_ok": ok & ~lost}, cues=cues)
@@ -259,7 +259,7 @@ def _shifted(sequence: Sequence, frames: int, cue_owners: str) -> Sequence:
     source = source.clip(0, len(sequence) - 1)
     cues = sequence.cues
     if cues is not None:
-        owned = [i for i, owner in enumerate(cue_owners) if owner == "a"]
+        owned = [i for i, owner in enumerate(cue_owners.lower()) if owner == "a"]
         cues = cues.copy()
         cues[:, owned] = cues[source][:, owned]
     return _hidden(replace(sequence, audio=sequence.audio[source], audio_ok=sequence.audio_ok[source], cues=cues), "audio", gone, cue_owners)

@@ -131,7 +131,7 @@ def measure(
     frames: int = 300,  # T
     visual_dim: int = 512,  # Dv
     audio_dim: int = 128,  # Da
-    cue_owners: str = "vvvvvvaaaab",  # of the cues, as the sample's features have them
+    cue_owners: str = "vVvvvvaaaab",  # of the cues, as the sample's features have them
 ) -> list[dict]:
     """One row a label and configuration: label, configuration, parameters, fusion_parameters, multiply_adds (a frame), ms_step, ms_frame
     (medians), ratio (ms_step over that of the equal concatenation; None without it). Unknown names raise `DataError`."""

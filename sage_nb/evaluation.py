@@ -4,27 +4,27 @@
 
 # %% ../nbs/15_evaluation.ipynb #412fc47b
 from __future__ import annotations
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import DataError, Prediction, Sequence, parallel_map, read_arrays, read_json, value_hash, whole, write_json
+from .core import MODALITIES, DataError, Prediction, Sequence, parallel_map, read_arrays, read_json, value_hash, whole, write_json
 from .metrics import (Bootstrap, auroc, auroc_statistic, average, bootstrap_by_group, ccc_per_video, ccc_per_window, ccc_within_between,
                              ence, ence_statistic, holm, mean_statistic, moments, resample, spearman_statistic, va_scores)
 
 # %% auto #0
-__all__ = ['AXES', 'MODALITIES', 'MOMENTS', 'TRUTH', 'SIGNALS', 'LABELS', 'REFERENCES', 'ORDER', 'ABLATIONS', 'SMOOTHING',
+__all__ = ['AXES', 'MOMENTS', 'TRUTH', 'SIGNALS', 'LABELS', 'REFERENCES', 'ORDER', 'VARIANTS', 'ABLATIONS', 'SMOOTHING',
            'COMPARISON', 'TASKS', 'write_table', 'read_table', 'frame_table', 'read_truth', 'stage_records', 'cell',
-           'write_provenance', 'corpus_name', 'signal_table', 'evaluate_runs', 'Evidence', 'read_evidence', 'describe',
-           'simulate_evidence', 'frame_scores', 'run_scores', 'reference_predictions', 'conventions', 'moving_average',
-           'choose_window', 'model_keys', 'comparison', 'ablation', 'truth_masks', 'reliability_frames',
-           'reliability_auroc', 'reliability_by', 'energy_readings', 'detection', 'calibration']
+           'write_provenance', 'corpus_name', 'signal_table', 'evaluate_runs', 'Evidence', 'read_evidence',
+           'is_variant', 'describe', 'simulate_evidence', 'frame_scores', 'run_scores', 'reference_predictions',
+           'conventions', 'moving_average', 'choose_window', 'model_keys', 'comparison', 'variant_differences',
+           'ablation', 'truth_masks', 'reliability_frames', 'reliability_auroc', 'reliability_by', 'meter_features',
+           'fit_meter', 'detection', 'calibration']
 
 # %% ../nbs/15_evaluation.ipynb #c1ae4c09
 AXES = ("valence", "arousal")
-MODALITIES = ("visual", "audio")
 MOMENTS = ("n", "x", "y", "xx", "yy", "xy")  # of `metrics.moments`; x = prediction, y = truth
 
 
@@ -290,24 +290,24 @@ LABELS = {  # names of models for people, in the order of tables and figures
     "visual": "visual alone", "audio": "audio alone", "concat": "concatenation", "concat_wide": "concatenation, widened",
     "concat_readouts": "concatenation with readout losses", "late": "late fusion (mean)", "poe": "product of experts", "gmu": "GMU", "lfan": "LFAN",
     "can": "CAN", "jca": "JCA", "rjca": "RJCA", "grjca": "GRJCA", "tagf": "TAGF", "crossmodal": "cross-modal transformer", "cold": "COLD",
-    "raav": "RAAV", "sage": "SAGE"}
+    "raav": "RAAV", "sage": "SAGE", "sage_no_calibration": "SAGE without calibration subjects"}
 REFERENCES = ("best constant", "each video's true mean")
 ORDER = (*REFERENCES, *LABELS)  # of models, in tables and figures
-ABLATIONS = {  # label -> what is changed in SAGE
-    "no_reliability": "no reliability: every weight equal",
+VARIANTS = {"sage_no_calibration": "no calibration subjects, so no frozen final phase"}  # label -> what is changed in SAGE, in the comparison itself
+ABLATIONS = {  # label -> what is changed in SAGE, with all that follows from it
+    "no_reliability": "no reliability: equal trust everywhere",
     "shared_stages": "reliability shared over stages",
     "constant_time": "reliability constant over time",
-    "no_calibration": "no calibration",
-    "calibrate_after": "calibration after training",
-    "no_refinement": "no refinement on calibration subjects",
+    "calibrate_after": "calibration after training, so no frozen final phase",
+    "no_refinement": "no refinement of the branch on corrupted copies",
     "coupled_gradient": "branch's gradient into the representation",
-    "states_watched": "branch reads states beside cues",
+    "states_watched": "branch reads states too, so trust cannot scale the input",
     "no_ordinal": "no ordinal term",
     "no_known_order": "no term of the known order",
-    "no_augmentation": "no augmentation",
+    "no_augmentation": "no augmentation: no copies, so no known order",
     "per_window_loss": "CCC loss of each window on its own",
     "ungated_messages": "messages not gated by the sender's reliability",
-    "ungated_input": "features not scaled by trust",
+    "gated_input": "trust scales features before representation, too",
     "gates": "independent gates in place of shares",
     "summed": "modalities summed, not concatenated",
     "decision_level": "fusion of decisions",
@@ -317,6 +317,13 @@ ABLATIONS = {  # label -> what is changed in SAGE
     "attention_interaction": "cross-attention for interaction",
     "causal": "causal form",
 }
+
+
+def is_variant(
+    runs: pd.DataFrame,  # as `Evidence.runs`
+) -> pd.Series:  # bool
+    "Which runs of the comparison are SAGE with something changed: no baselines."
+    return (runs.kind == "comparison") & (runs.base == "sage") & (runs.model != "sage")
 
 
 def describe(evidence: Evidence) -> str:
@@ -334,7 +341,8 @@ _SIMULATED = {  # label -> base, kind, shares of both modalities (None = by the 
     "concat": ("concat", "comparison", (0.5, 0.5), 0.05, 0.4), "concat_wide": ("concat", "comparison", (0.5, 0.5), 0.06, 0.4),
     "concat_readouts": ("concat", "comparison", (0.6, 0.4), 0.05, 0.4), "late": ("late", "comparison", (0.4, 0.6), 0.05, 0.35),
     "cold": ("cold", "comparison", (0.55, 0.45), 0.04, 0.3), "sage": ("sage", "comparison", None, 0.05, 0.15),
-    "no_reliability": ("sage", "ablation", (0.5, 0.5), 0.05, 0.4), "steps_0": ("sage", "ablation", None, 0.1, 0.2)}
+    "no_reliability": ("sage", "ablation", (0.5, 0.5), 0.05, 0.4), "steps_0": ("sage", "ablation", None, 0.1, 0.2),
+    "sage_no_calibration": ("sage", "comparison", None, 0.06, 0.2)}
 
 
 def _wander(rng: np.random.Generator, frames: int, *shape: int) -> np.ndarray:  # [frames, *shape], unit variance
@@ -535,10 +543,11 @@ def model_keys(
     evidence: Evidence,
     kind: str | None = None,  # "comparison" or "ablation"; default: both
 ) -> list[tuple[str, str]]:  # (label, configuration)
-    "The labels of the evidence, by configuration and then in the order of tables and figures: baselines, others, SAGE, its ablations."
+    "The labels of the evidence, by configuration and then in the order of tables and figures: baselines, others, SAGE, its variants, its ablations."
     runs = evidence.runs if kind is None else evidence.runs[evidence.runs.kind == kind]
     rank = {name: i for i, name in enumerate((*ORDER, *ABLATIONS))}
-    return sorted(set(zip(runs.model, runs.configuration)), key=lambda key: (key[1], rank.get(key[0], rank["sage"] - 0.5), key[0]))
+    unknown = {model: rank["sage"] - 0.5 if kind == "comparison" else len(rank) for model, kind in zip(runs.model, runs.kind)}
+    return sorted(set(zip(runs.model, runs.configuration)), key=lambda key: (key[1], rank.get(key[0], unknown[key[0]]), key[0]))
 
 
 _SHARED = ["trial", "group", "frame", "valid", *AXES]
@@ -566,8 +575,8 @@ def comparison(
 ) -> pd.DataFrame:  # columns as in COMPARISON
     """One row per reference, then per configuration and label of the comparison: how many seeds; ccc_valence, ccc_arousal, p (means over
     seeds), p_std (over seeds, n - 1; missing with one seed), p_low, p_high (95 % percentile interval over groups); sage_gain, sage_gain_low,
-    sage_gain_high: P of SAGE in the same configuration less P of this row; p_value of that difference, p_holm over the configuration's
-    baselines, verdict ("SAGE above", "SAGE below", "not told apart"; at .05); dev_p (mean over seeds), parameters; P by other conventions;
+    sage_gain_high: P of SAGE in the same configuration less P of this row; p_value of that difference (missing for a variant of SAGE), p_holm
+    over the configuration's baselines, verdict ("SAGE above", "SAGE below", "not told apart"; at .05); dev_p (mean over seeds), parameters; P by other conventions;
     the smoothing window chosen on dev and P with it (missing where the reported part itself selected). Runs that cover different frames
     raise `DataError`."""
     keys = model_keys(evidence, "comparison")
@@ -580,7 +589,7 @@ def comparison(
     results = {key: bootstrap_by_group(said, truth, groups, valid, resamples, seed) for key, said in entries.items()}
     choosing = evidence.predictions(shown, "dev") if keys and evidence.about["selection"] != evidence.about["split"] else None
     sages = [configuration for model, configuration in keys if model == "sage"]
-    rows = []
+    variants, rows = set(evidence.runs.model[is_variant(evidence.runs)]), []
     for (model, configuration), result in results.items():
         said, trained = entries[model, configuration], configuration != "reference"
         spread = [va_scores(run, truth, valid)["p"] for run in said]
@@ -592,7 +601,7 @@ def comparison(
         if against in sages and model != "sage":
             gain = results["sage", against] - result
             low, high = gain.interval()
-            row |= dict(sage_gain=gain.value[2], sage_gain_low=low[2], sage_gain_high=high[2], p_value=gain.p_value()[2] if trained else np.nan)
+            row |= dict(sage_gain=gain.value[2], sage_gain_low=low[2], sage_gain_high=high[2], p_value=gain.p_value()[2] if trained and model not in variants else np.nan)
         if trained:
             runs = evidence.of(model, configuration)
             row |= dict(dev_p=runs.dev_p.mean(), parameters=runs.parameters.iloc[0])
@@ -607,6 +616,30 @@ def comparison(
     table["verdict"] = np.where(table.p_holm.isna(), "", np.where(~told, "not told apart", np.where(table.sage_gain > 0, "SAGE above", "SAGE below")))
     return table.astype({"window": "Int64", "parameters": "Int64"})
 
+
+def variant_differences(
+    evidence: Evidence,
+    others: Iterable[str],  # labels
+    configuration: str = "equal",
+    resamples: int = 10_000,  # bootstrap draws of groups, those of `comparison`
+    seed: int = 0,  # of the draws
+) -> pd.DataFrame:  # model, other, difference (P of the variant less P of the other), low, high (95 % interval over groups)
+    "Every variant of SAGE against other rows of the comparison. What the evidence lacks gives no row."
+    present = [model for model, own in model_keys(evidence, "comparison") if own == configuration]
+    variants = [model for model in present if model in set(evidence.runs.model[is_variant(evidence.runs)])]
+    others = [model for model in others if model in present]
+    first, results = evidence.predictions(evidence.runs.run.iloc[0]), {}
+    _, truth, valid = _arrays(first)
+    for model in {*variants, *others} if variants else ():
+        results[model] = bootstrap_by_group(_said(evidence, evidence.of(model, configuration), first), truth, first.group, valid, resamples, seed)
+    rows = []
+    for model in variants:
+        for other in others:
+            gain = results[model] - results[other]
+            low, high = gain.interval()
+            rows.append(dict(model=model, other=other, difference=gain.value[2], low=low[2], high=high[2]))
+    return pd.DataFrame(rows, columns=["model", "other", "difference", "low", "high"])
+
 # %% ../nbs/15_evaluation.ipynb #da2c5474
 def ablation(
     evidence: Evidence,
@@ -614,7 +647,7 @@ def ablation(
     resamples: int = 2000,  # bootstrap draws of groups
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:
-    """SAGE, then one row per ablation: model, changed (in words), seeds, ccc_valence, ccc_arousal, p, p_std; gain, gain_low, gain_high: P of
+    """SAGE, then one row per variant and ablation: model, changed (in words), seeds, ccc_valence, ccc_arousal, p, p_std; gain, gain_low, gain_high: P of
     the row less P of SAGE on the shared seeds, with its 95 % interval over groups; auroc_visual, auroc_audio (nuisance, stage 0) and ence
     (of the estimate, 5 bins; both axes' mean) where there is reliability; parameters. Without SAGE it is empty."""
     columns = ["model", "changed", "seeds", "ccc_valence", "ccc_arousal", "p", "p_std", "gain", "gain_low", "gain_high", "auroc_visual",
@@ -624,17 +657,24 @@ def ablation(
         return pd.DataFrame(columns=columns)
     first = evidence.predictions(sage.run.iloc[0])
     _, truth, valid = _arrays(first)
-    for model in ["sage", *(model for model, own in model_keys(evidence, "ablation") if own == configuration)]:
+
+    @cache  # SAGE's are needed for every row
+    def drawn(name: str, *seeds: int) -> Bootstrap:
+        own = evidence.of(name, configuration)
+        return bootstrap_by_group(_said(evidence, own[own.seed.isin(seeds)], first), truth, first.group, valid, resamples, seed)
+
+    changed = evidence.runs[(is_variant(evidence.runs) | (evidence.runs.kind == "ablation")) & (evidence.runs.configuration == configuration)]
+    for model in ["sage", *(model for model, own in model_keys(evidence) if own == configuration and model in set(changed.model))]:
         runs = evidence.of(model, configuration)
         said = _said(evidence, runs, first)
         each = pd.DataFrame([va_scores(run, truth, valid) for run in said])
-        row = dict(model=model, changed=ABLATIONS.get(model, "nothing" if model == "sage" else model), seeds=len(runs), **each.mean(),
+        words = {"sage": "nothing"} | VARIANTS | ABLATIONS
+        row = dict(model=model, changed=words.get(model, model.replace("_", " ")), seeds=len(runs), **each.mean(),
                    p_std=each.p.std(), parameters=runs.parameters.iloc[0])
         shared = sorted(set(runs.seed) & set(sage.seed))
         if model != "sage" and shared:
-            pair = [bootstrap_by_group(_said(evidence, part[part.seed.isin(shared)], first), truth, first.group, valid, resamples, seed)
-                    for part in (runs, sage)]
-            gain = pair[0] - pair[1]
+            own, reference = (drawn(name, *shared) for name in (model, "sage"))
+            gain = own - reference
             low, high = gain.interval()
             row |= dict(gain=gain.value[2], gain_low=low[2], gain_high=high[2])
         areas = reliability_auroc(evidence, model, configuration).query("stage == 0").groupby("modality").auroc.mean()
@@ -734,22 +774,46 @@ def reliability_by(
     return pd.DataFrame(rows, columns=["seed", "modality", "stage", "kind", "name", "frames", "reliability", "weight"])
 
 # %% ../nbs/15_evaluation.ipynb #cea222cf
-def energy_readings(
+def meter_features(
     signals: pd.DataFrame,  # frames in order, with trial, and the columns of `signal_table`
     modality: str,  # "visual" or "audio"
-) -> dict[str, np.ndarray]:  # words -> [N], larger = more reliable; missing where not observed
-    "What flags and energy alone can say of a modality's reliability."
-    other = MODALITIES[1 - MODALITIES.index(modality)]
-    flag, energy = signals[f"{other}_ok"].to_numpy(float), signals[f"{modality}_energy"].astype(float)
-    readings = {f"{other} observed": flag, f"{other} not observed": -flag}
-    by_trial = energy.groupby(signals.trial.to_numpy())
-    for words, value in (("energy", energy), ("mean energy", by_trial.transform(lambda e: e.rolling(15, center=True, min_periods=1).mean()))):
-        centred = value - by_trial.transform("median")
-        readings |= {words: value, f"low {words}": -value, f"{words} above the clip's median": centred, f"{words} below the clip's median": -centred,
-                     f"{words} far from the clip's median": centred.abs(), f"{words} near the clip's median": -centred.abs()}
-    return {words: np.asarray(value, float) for words, value in readings.items()}
+) -> np.ndarray:  # [N, 8]; missing where there is no energy
+    "What flags and energy alone say of a modality's frames."
+    clips = signals.trial.to_numpy()
+
+    def half_second(column: pd.Series) -> pd.Series:
+        return column.groupby(clips).transform(lambda values: values.rolling(15, center=True, min_periods=1).mean())
+
+    energy = signals[f"{modality}_energy"].astype(float)
+    centred = energy - energy.groupby(clips).transform("median")
+    flags = [signals[f"{m}_ok"].astype(float) for m in MODALITIES]
+    return np.stack([energy, centred, centred.abs(), half_second(energy), *flags, *map(half_second, flags)], 1)
 
 
+def fit_meter(
+    features: np.ndarray,  # [N, D]; missing ones count as their mean
+    high: np.ndarray,  # [N] bool, frames that should be the more reliable
+    low: np.ndarray,  # [N] bool, frames that should be the less
+    steps: int = 25,  # of Newton's method
+    ridge: float = 1.0,  # keeps it finite where one feature tells all, or nothing
+) -> Callable[[np.ndarray], np.ndarray]:  # features [N, D] -> log odds [N] of being reliable
+    "Logistic regression on standardised features, by Newton's method."
+    known, wanted = features[high | low], high[high | low].astype(float)
+    table = pd.DataFrame(known)  # its moments leave missing ones out
+    centre, scale = table.mean().fillna(0).to_numpy(), table.std(ddof=0).replace(0, 1).fillna(1).to_numpy()
+
+    def standardised(values):
+        return np.c_[np.ones(len(values)), np.nan_to_num((values - centre) / scale)]
+
+    x = standardised(known)
+    weights = np.zeros(x.shape[1])
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(-x @ weights))
+        slope = x.T @ (wanted - p) - ridge * weights
+        weights = weights + np.linalg.solve((x.T * (p * (1 - p))) @ x + ridge * np.eye(len(weights)), slope)
+    return lambda values: standardised(values) @ weights
+
+# %% ../nbs/15_evaluation.ipynb #9bff05e2
 def _tasks(signals: pd.DataFrame, truth: pd.DataFrame) -> dict[str, tuple[str, np.ndarray, np.ndarray, pd.DataFrame]]:
     "Question -> modality, frames of either side (observed ones), the side file's columns."
     side = signals[["trial", "frame"]].merge(truth, on=["trial", "frame"], how="left")
@@ -762,10 +826,41 @@ def _measured(name: str, result: Bootstrap) -> dict[str, float]:
     return {name: float(result.value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _groups(table: pd.DataFrame) -> tuple[np.ndarray, int]:
+def _groups(groups: pd.Series) -> tuple[np.ndarray, int]:
     "Number of each frame's group, and of groups."
-    owners, names = table.group.factorize(sort=True)
+    owners, names = groups.factorize(sort=True)
     return owners, len(names)
+
+
+def _detected(
+    task: str, kind: str, reliability: list[np.ndarray], meter: np.ndarray, high: np.ndarray, low: np.ndarray, groups: pd.Series, resamples: int, seed: int
+) -> dict:  # a row of `detection`
+    "How well reliability (of each run, [N]) and the meter [N] tell the frames `high` from the frames `low`."
+    owners, count = _groups(groups)
+    found, base = (resample(average([auroc_statistic(value, high, low, owners, count) for value in values]), count, resamples, seed) for values in (reliability, [meter]))
+    return dict(task=task, kind=kind, reliable=int(high.sum()), unreliable=int(low.sum())) | _measured("auroc", found) | _measured("baseline", base) | _measured(
+        "gain", found - base)
+
+
+def _corrupted_frames(evidence: Evidence, runs: pd.DataFrame, modality: str, signals: pd.DataFrame, meter: Callable) -> pd.DataFrame:
+    """Frames of the suite at severity 2 and 3 that are observed before and after: trial, family, group, corrupted, free (of nuisances, as in `TASKS`),
+    and what each run and the meter say of the frame, corrupted (run, meter) and in the clean video (run_clean, meter_clean)."""
+    table = read_table(evidence.folder / "corrupted_reliability.parquet")
+    table = table[(table.severity >= 2) & (table.modality == modality) & table.run.isin(runs.run)]
+    if table.empty:
+        return table
+    place, column = ["family", "severity", "trial", "frame"], f"reliability_{modality}_0"
+    frames = table.pivot(index=place, columns="run", values=column).join(table.drop_duplicates(place).set_index(place)[["corrupted", "ok", "energy"]]).reset_index()
+    other = MODALITIES[1 - MODALITIES.index(modality)]  # as it is: one modality is corrupted at a time
+    frames = frames.merge(signals[["trial", "frame", "group", "meter_clean", *(f"{m}_ok" for m in MODALITIES)]], on=["trial", "frame"])
+    for run in table.run.unique():
+        clean = evidence.predictions(run, columns=["trial", "frame", column]).rename(columns={column: f"{run}_clean"})
+        frames = frames.merge(clean, on=["trial", "frame"])
+    clips = frames.assign(trial=frames.family + frames.severity.astype(str) + frames.trial)
+    clips = clips[["trial", f"{other}_ok"]].assign(**{f"{modality}_energy": frames.energy, f"{modality}_ok": frames.ok})
+    side = frames[["trial", "frame"]].merge(evidence.truth, on=["trial", "frame"], how="left")
+    frames = frames.assign(meter=meter(meter_features(clips, modality)), free=truth_masks(side)[TASKS[f"{modality} nuisance"][1]])
+    return frames[frames.ok & frames[f"{modality}_ok"]]
 
 
 def detection(
@@ -776,47 +871,46 @@ def detection(
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:
     """One row per question of `TASKS`, over all nuisances and for each: task, kind, reliable and unreliable (numbers of frames); auroc of
-    reliability at stage 0, mean over seeds, baseline, that of flags and energy, and gain, their difference, each with its 95 % interval over
-    groups (_low, _high); reading: how the baseline reads, chosen on dev. Then the corruptions of raw media at severity 2 and 3, the baseline reading
-    as for nuisances: frames that would be reliable, untouched against corrupted. Without reliability or side files it is empty."""
-    columns = ["task", "kind", "reliable", "unreliable", *(f"{name}{end}" for name in ("auroc", "baseline", "gain") for end in ("", "_low", "_high")), "reading"]
-    runs, rows = evidence.of(model, configuration), []
+    reliability at stage 0, mean over seeds, baseline, that of flags and energy by a logistic regression fitted on dev, and gain, their
+    difference, each with its 95 % interval over groups (_low, _high). Then the corruptions of raw media at severity 2 and 3, by modality,
+    over all families and for each: "<modality> corruption", against the same frames of the clean video, and "<modality> corruption, within
+    the clip". Without reliability or side files it is empty."""
+    columns = ["task", "kind", "reliable", "unreliable", *(f"{name}{end}" for name in ("auroc", "baseline", "gain") for end in ("", "_low", "_high"))]
+    runs, rows, meters = evidence.of(model, configuration), [], {}
     if evidence.truth.empty or runs.empty or "reliability_visual_0" not in (first := evidence.predictions(runs.run.iloc[0])):
         return pd.DataFrame(columns=columns)
     wanted = [f"reliability_{modality}_0" for modality in MODALITIES]
     values = {run: evidence.predictions(run, columns=wanted) for run in runs.run}
-    owners, groups = _groups(first)
-    signals = first[["trial", "frame"]].merge(evidence.signals, on=["trial", "frame"], how="left", validate="one_to_one")
+    signals = first[["trial", "frame", "group"]].merge(evidence.signals, on=["trial", "frame"], how="left", validate="one_to_one")
     dev = evidence.signals[evidence.signals.split == evidence.about["selection"]]
-    for (task, (modality, high, low, side)), (_, dev_high, dev_low, _) in zip(_tasks(signals, evidence.truth).items(), _tasks(dev, evidence.dev_truth).values()):
-        readings = energy_readings(dev, modality)
-        reading = max(readings, key=lambda words: np.nan_to_num(auroc(readings[words][dev_high], readings[words][dev_low]), nan=0))
-        read = energy_readings(signals, modality)[reading]
-        kinds = sorted(set(side[f"{modality}_nuisance"][low])) if task != "own voice" else []
-        for kind, less in [("all", low), *((kind, low & (side[f"{modality}_nuisance"] == kind).to_numpy()) for kind in kinds)]:
-            found, base = (resample(average([auroc_statistic(value, high, less, owners, groups) for value in part]), groups, resamples, seed)
-                           for part in ([table[f"reliability_{modality}_0"].to_numpy() for table in values.values()], [read]))
-            rows.append(dict(task=task, kind=kind, reliable=int(high.sum()), unreliable=int(less.sum()), reading=reading) | _measured("auroc", found)
-                        | _measured("baseline", base) | _measured("gain", found - base))
-    if (path := evidence.folder / "corrupted_reliability.parquet").is_file():
-        corrupted = read_table(path)
-        corrupted = corrupted[(corrupted.severity >= 2) & corrupted.ok & corrupted.run.isin(runs.run)]
-        corrupted = corrupted.merge(first[["trial", "group"]].drop_duplicates(), on="trial").merge(evidence.truth, on=["trial", "frame"], how="left")
-        corrupted = corrupted.merge(signals[["trial", "frame", *(f"{m}_ok" for m in MODALITIES)]], on=["trial", "frame"], how="left")
-        readings = {row["task"]: row["reading"] for row in rows}
-        for (family, modality), part in corrupted.sort_values(["run", "severity", "trial", "frame"]).groupby(["family", "modality"], sort=True):
-            parts = [one for _, one in part.groupby("run", sort=True)]  # runs see the same frames
-            one = parts[0]
-            reliable = truth_masks(one)[TASKS[f"{modality} nuisance"][1]]
-            counts, (owners, groups) = [reliable & (one.corrupted == state).to_numpy() for state in (False, True)], _groups(one)
-            clips = one.assign(trial=one.trial + "/" + one.severity.astype(str), **{f"{modality}_energy": one.energy})
-            values = [other[f"reliability_{modality}_0"].to_numpy() for other in parts], [energy_readings(clips, modality)[readings[f"{modality} nuisance"]]]
-            found, base = (resample(average([auroc_statistic(value, *counts, owners, groups) for value in side]), groups, resamples, seed) for side in values)
-            rows.append(dict(task=f"{modality} corruption", kind=family, reading=readings[f"{modality} nuisance"], reliable=int(counts[0].sum()), unreliable=int(counts[1].sum()))
-                        | _measured("auroc", found) | _measured("baseline", base) | _measured("gain", found - base))
+    for (task, (modality, high, low, side)), (_, *dev_sides, _) in zip(_tasks(signals, evidence.truth).items(), _tasks(dev, evidence.dev_truth).values()):
+        meters[task] = fit_meter(meter_features(dev, modality), *dev_sides)
+        read, said = meters[task](meter_features(signals, modality)), [table[f"reliability_{modality}_0"].to_numpy() for table in values.values()]
+        nuisance = side[f"{modality}_nuisance"]
+        kinds = sorted(set(nuisance[low])) if task != "own voice" else []
+        for kind, less in [("all", low), *((kind, low & (nuisance == kind).to_numpy()) for kind in kinds)]:
+            rows.append(_detected(task, kind, said, read, high, less, signals.group, resamples, seed))
+    for modality in MODALITIES if (evidence.folder / "corrupted_reliability.parquet").is_file() else ():
+        meter = meters[f"{modality} nuisance"]
+        frames = _corrupted_frames(evidence, runs, modality, signals.assign(meter_clean=meter(meter_features(signals, modality))), meter)
+        if frames.empty:
+            continue
+        seen = [run for run in runs.run if run in frames]
+        families = [(family, frames.free & (frames.family == family)) for family in sorted(frames.family.unique())]
+        for kind, chosen in [("all", frames.free), ("with_nuisances", frames.free | True), *families]:
+            part = frames[chosen & frames.corrupted]
+            high = np.repeat([True, False], len(part))  # clean, then corrupted
+            said = [np.concatenate([part[f"{run}_clean"], part[run]]) for run in seen]
+            rows.append(_detected(f"{modality} corruption", kind, said, np.concatenate([part.meter_clean, part.meter]), high, ~high,
+                                  pd.concat([part.group, part.group]), resamples, seed))
+        for kind, chosen in [("all", frames.free), *families]:
+            part = frames[chosen]
+            high = ~part.corrupted.to_numpy(bool)
+            rows.append(_detected(f"{modality} corruption, within the clip", kind, [part[run].to_numpy() for run in seen], part.meter.to_numpy(), high, ~high,
+                                  part.group, resamples, seed))
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/15_evaluation.ipynb #9bff05e2
+# %% ../nbs/15_evaluation.ipynb #df265ff5
 def calibration(
     evidence: Evidence,
     model: str = "sage",
@@ -832,7 +926,7 @@ def calibration(
     columns = ["what", "axis", "frames", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))]
     if runs.empty or "log_var_valence" not in (first := evidence.predictions(runs.run.iloc[0])):
         return pd.DataFrame(columns=columns)
-    owners, groups = _groups(first)
+    owners, groups = _groups(first.group)
     entries = {"estimate": ("pred", "log_var", "raw_log_var", "half_width", first.valid)}
     stages = sorted(int(column.split("_")[2]) for column in first if column.startswith("readout_visual_") and column.endswith("_valence"))
     for modality in MODALITIES:

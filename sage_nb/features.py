@@ -79,7 +79,7 @@ def train_encoders(
 
 # %% ../nbs/08_features.ipynb #23a95ce3
 CUES = ["sharpness", "brightness", "score", "change", "upper", "lower", "level", "snr", "peak", "timbre", "synchrony"]
-CUE_OWNERS = "vvvvvvaaaab"  # what each is about: v = sight, a = sound, b = both (see interaction)
+CUE_OWNERS = "vVvvvvaaaab"  # what each is about: v = sight, a = sound, b = both; a capital: of the scene, not of a person (see interaction)
 
 
 def _running_mean(values: np.ndarray, ok: np.ndarray, rate: float, seconds: float = 10.0) -> np.ndarray:

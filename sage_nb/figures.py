@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.ticker import MaxNLocator
-from .core import DataError, whole
-from .evaluation import (AXES, LABELS, MODALITIES, TRUTH, Evidence, ablation, cell, comparison, describe, detection, model_keys,
-                                read_evidence, reliability_auroc, reliability_by, write_provenance)
+from .core import MODALITIES, DataError, whole
+from .evaluation import (AXES, LABELS, TASKS, TRUTH, Evidence, ablation, cell, comparison, describe, detection, model_keys,
+                                read_evidence, read_table, reliability_auroc, reliability_by, write_provenance)
 from .metrics import average, ence, resample
 from .robustness import robustness_areas, robustness_curves
 
@@ -385,7 +385,7 @@ def architecture_figure() -> Figure:
 FAMILIES = {  # of fusions, in the order of the picture
     "one modality": ("visual", "audio"), "concatenation": ("concat", "concat_wide", "concat_readouts"),
     "fusion of estimates": ("late", "poe", "cold"), "gates and attention": ("gmu", "can", "lfan"),
-    "joint cross-attention": ("jca", "rjca", "grjca", "tagf"), "transformers": ("crossmodal", "raav"), "": ("sage",)}
+    "joint cross-attention": ("jca", "rjca", "grjca", "tagf"), "transformers": ("crossmodal", "raav"), "": ("sage", "sage_no_calibration")}
 
 
 def _rows(labels: list[str]) -> tuple[dict[str, float], list[tuple[str, float]]]:
@@ -399,7 +399,7 @@ def _rows(labels: list[str]) -> tuple[dict[str, float], list[tuple[str, float]]]
         if present:
             heads.append((head, y))
             for place, label in enumerate(present):
-                places[label] = y + 1 + place if head else y + 0.4
+                places[label] = y + place + (1 if head else 0.4)
             y += len(present) + 1.1
     return places, heads
 
@@ -431,9 +431,9 @@ def comparison_figure(
         panels[0].hlines(y, row.p_low, row.p_high, color=colour, lw=1.2)
         panels[0].plot(row.p, y, "D" if model == "sage" else "o", color=colour, ms=4.2)
         if compared and model != "sage":
-            sure = row.p_holm < 0.05
+            sure, tested = row.p_holm < 0.05, not np.isnan(row.p_holm)
             panels[1].hlines(y, row.sage_gain_low, row.sage_gain_high, color=colour, lw=1.2)
-            panels[1].plot(row.sage_gain, y, "s" if sure and row.sage_gain < 0 else "o", color=colour, ms=4.2, mew=1, mfc=colour if sure else "white")
+            panels[1].plot(row.sage_gain, y, "D" if not tested else "s" if sure and row.sage_gain < 0 else "o", color=colour, ms=4.2, mew=1, mfc=colour if sure else "white")
     for panel in panels:
         _name_rows(panel, [LABELS.get(model, model) for model in places], list(places.values()), heads if panel is panels[0] else [])
         panel.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -447,7 +447,9 @@ def comparison_figure(
                  for face, label in (("0.35", "corrected $p$ < .05"), ("white", "not told apart"))]
         if ((table.p_holm < 0.05) & (table.sage_gain < 0)).any():
             kinds.append(Line2D([], [], color="0.35", marker="s", ls="", ms=4.2, label="above SAGE, corrected $p$ < .05"))
-        figure.legend(handles=kinds, loc="outside upper right", ncols=3)
+        if table.p_holm[table.sage_gain.notna()].isna().any():
+            kinds.append(Line2D([], [], color="0.35", marker="D", ls="", ms=4.2, mfc="white", label="variant, not tested"))
+        figure.legend(handles=kinds, loc="outside upper right", ncols=4, columnspacing=1.2)
     return figure
 
 # %% ../nbs/20_figures.ipynb #9c4536a9
@@ -515,7 +517,7 @@ def robustness_figure(
         panel.set_ylabel("$P$ (mean CCC)")
     handles = [Line2D([], [], color=COLOURS[model], ls=MODEL_LINES[model], lw=1.6 if model == "sage" else 1.2, label=LABELS[model]) for model in bold]
     handles += [Line2D([], [], color="0.72", lw=0.8, label=f"{len(models) - len(bold)} other models")] if len(models) > len(bold) else []
-    handles += [Patch(fc="#FFF8E0", ec="0.7", lw=0.5, label="in the augmentation")] if families.seen.any() else []
+    handles += [Patch(fc="#FFF8E0", ec="0.7", lw=0.5, label="training contains it")] if families.seen.any() else []
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.4)
     return figure
 
@@ -815,10 +817,10 @@ def write_figures(
     few = max(resamples // 10, 100)
     drawn, drawn_few = (f"95 % intervals: percentile bootstrap over groups of the seed-averaged value, {count} draws." for count in (resamples, few))
 
-    def entries(labels, own: tuple, against_sage: tuple = ()) -> dict:  # of rows that are models
-        rows = {label: found.of(label, configuration) for label in labels}
-        return {label: {column: cell("figures", runs if column in own else pd.concat([runs, sage]).drop_duplicates("run")) for column in (*own, *against_sage)}
-                for label, runs in rows.items()}
+    def entries(labels, own: tuple, against_sage: tuple = (), among: pd.DataFrame = found.runs) -> dict:  # of rows that are models
+        kept = {label: runs[runs.run.isin(among.run)] for label in (*labels, "sage") for runs in [found.of(label, configuration)]}
+        return {label: {column: cell("figures", kept[label] if column in own else pd.concat([kept[label], kept["sage"]]).drop_duplicates("run"))
+                        for column in (*own, *against_sage)} for label in labels}
 
     figures = {}
 
@@ -833,21 +835,21 @@ def write_figures(
         entries(models, ("train_loss", "dev_p")))
     add("comparison", comparison_figure(comparison(found, resamples, seed)), f"Score of every model, {configuration} configuration, and P of SAGE less P of the "
         f"row. {about} CCC over all labelled frames concatenated, face found or not; P is the mean of both; means over seeds. {drawn} Filled on the right: "
-        "the difference is significant at .05 after Holm's correction over all baselines; hollow: not told apart. Dotted: P of SAGE.",
+        "the difference is significant at .05 after Holm's correction over all baselines; hollow: not told apart; diamond: a variant of SAGE, no baseline and not tested. Dotted: P of SAGE.",
         entries(models, ("p",), ("sage_gain",)))
     ablations = ablation(found, configuration, resamples, seed)
     if ablations.gain.notna().any():
-        add("ablation", ablation_figure(ablations), f"P of each ablation of SAGE less P of SAGE on the seeds that both have; on the right P itself. {about} {drawn} "
+        add("ablation", ablation_figure(ablations), f"P of each variant and ablation of SAGE less P of SAGE on the seeds that both have; on the right P itself. {about} {drawn} "
             "Filled: the interval excludes 0.", entries(ablations.model, ("p",), ("gain",)))
     if (found.folder / "robustness.parquet").is_file():
-        curves = robustness_curves(found)
+        curves, suite = robustness_curves(found), read_table(found.folder / "robustness.parquet", ["run"])  # it may have been asked of fewer seeds
         tested = [model for model in models if model in set(curves.model)]
         where = ("Corruption of media acts before encoding, on half of each clip; of features, on a modality's presence or timing. A clean set is severity 0. "
                  "Training contains what is corrupted there on purpose; the corpus itself may hold nuisances of the kind of any family.")
         add("robustness", robustness_figure(curves, tested), f"P against severity of corruption, mean over seeds, for highlighted models with one standard deviation. {where} {about}",
-            entries(tested, ("p",)))
+            entries(tested, ("p",), among=suite))
         add("robustness_areas", robustness_areas_figure(curves, tested), "Area under each curve, that is the mean of P on the clean set and at severity 1, 2 and 3, mean over seeds; "
-            f"bold: the best of a column; colour: difference to SAGE in the column; *: training contains the family. {where} {about}", entries(tested, ("p",), ("difference",)))
+            f"bold: the best of a column; colour: difference to SAGE in the column; *: training contains the family. {where} {about}", entries(tested, ("p",), ("difference",), suite))
     if "reliability_visual_0" in stated:
         if sides:
             conditions = ("by phase (frames free of any nuisance) and by nuisance (all phases). AUROC: how well reliability at stage 0 / 1 / ... ranks frames free of "
@@ -866,9 +868,11 @@ def write_figures(
             f"modality is missing). {known}", {row: {"all": cell("figures", shown if row in AXES else sage.head(1))}
                                                 for row in (*AXES, *(f"{m} reliability" for m in MODALITIES))})
     if sides and len(detected := detection(found, resamples=few, seed=seed)):
-        add("detection", detection_figure(detected), "How well reliability at stage 0 tells frames apart, beside flags and signal energy alone in the best reading that dev "
-            f"could find; only frames in which the modality is there. Corruptions of raw media: severity 2 and 3 against untouched frames. {about} {drawn_few}",
-            {task: {column: cell("figures", sage) for column in ("auroc", "baseline")} for task in detected.task.unique()})
+        path = found.folder / "corrupted_reliability.parquet"
+        asked = sage[sage.run.isin(read_table(path, ["run"]).run)] if path.is_file() else sage
+        add("detection", detection_figure(detected), "How well reliability at stage 0 tells frames apart, beside a logistic regression of flags and signal energy that was fitted on the "
+            f"truth of dev; only frames in which the modality is there. Corruptions of raw media: severity 2 and 3, against the same frames of the clean video or within the clip. {about} {drawn_few}",
+            {task: {column: cell("figures", sage if task in TASKS else asked) for column in ("auroc", "baseline")} for task in detected.task.unique()})
     if "log_var_valence" in stated:
         add("calibration", calibration_figure(found, resamples=few, seed=seed), "Stated error (root mean variance) against actual error (root mean square) of the "
             "estimate and of each modality's readout, in five bins of equal size by stated error, before and after calibration on calibration subjects. Numbers: ENCE, "

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import DataError, Sequence
+from .core import MODALITIES, DataError, Sequence
 
 # %% auto #0
-__all__ = ['MODALITIES', 'TemporalConv', 'TCN', 'Standardise', 'FrontEnd', 'Output', 'Estimator', 'Head', 'leaky_sum',
-           'InteractionStep', 'AttentionStep']
+__all__ = ['TemporalConv', 'TCN', 'Standardise', 'FrontEnd', 'Output', 'Estimator', 'Head', 'leaky_sum', 'InteractionStep',
+           'AttentionStep']
 
 # %% ../nbs/05_interaction.ipynb #b35d138a
 class TemporalConv(nn.Module):
@@ -70,9 +70,6 @@ class TCN(nn.Module):
         return self.norm(x)
 
 # %% ../nbs/05_interaction.ipynb #74a9db5c
-MODALITIES = ("visual", "audio")
-
-
 class Standardise(nn.Module):
     "Map features to zero mean and unit variance by statistics of the training set; non-finite values become zero."
 
@@ -115,10 +112,11 @@ class FrontEnd(nn.Module):
         dropout: float = 0.1,
         causal: bool = False,  # look at the past only
         modalities: tuple[str, ...] = MODALITIES,  # which of them to represent
-        cue_owners: str = "",  # a letter a cue: v = visual, a = audio, b = both, - = neither; default: - for all
+        cue_owners: str = "",  # a letter a cue: v = visual, a = audio, b = both, - = neither; V, A, B: and of the scene; default: - for all
     ):
         super().__init__()
-        owners = cue_owners or "-" * cue_dim
+        self.cue_owners = cue_owners or "-" * cue_dim
+        owners = self.cue_owners.lower()
         if len(owners) != cue_dim or set(owners) - set("vab-"):
             raise DataError(f"cue_owners: {cue_owners!r} must have one letter of v, a, b, - for each of the {cue_dim} cues")
         width = dict(visual=visual_width, audio=audio_width)
@@ -126,7 +124,7 @@ class FrontEnd(nn.Module):
         self.modalities, self.dim, self.cue_dim = modalities, dim, cue_dim
         self.widths = tuple(width[m] for m in modalities)
         self.scale = nn.ModuleDict({m: Standardise(dim[m]) for m in modalities} | {"cues": Standardise(cue_dim)})
-        self.cue_owners, alone = owners, len(modalities) == 1
+        alone = len(modalities) == 1
         self.cues_of = {m: [i for i, owner in enumerate(owners) if owner in (f"{m[0]}-" if alone else f"{m[0]}b-")] for m in modalities}
         self.project = nn.ModuleDict({m: nn.Linear(dim[m] + len(self.cues_of[m]) + len(modalities), width[m]) for m in modalities})
         self.tcn = nn.ModuleDict({m: TCN(width[m], kernel, dropout=dropout, causal=causal) for m in modalities})
@@ -152,7 +150,7 @@ class FrontEnd(nn.Module):
         if not self.cue_dim:
             return torch.zeros(*mask.shape, 0, device=mask.device)
         seen = {"v": ok[..., 0], "a": ok[..., 1], "b": ok.all(-1), "-": mask}
-        return torch.where(torch.stack([seen[owner] for owner in self.cue_owners], -1), self.scale["cues"](cues), 0.0)
+        return torch.where(torch.stack([seen[owner] for owner in self.cue_owners.lower()], -1), self.scale["cues"](cues), 0.0)
 
     def represent(
         self,
@@ -204,6 +202,7 @@ class Estimator(nn.Module):
     registry: dict[str, type] = {}  # name -> class
     configuration = "equal"  # as `build_model` was asked for
     calibrates = False  # whether training ends in a part of its own, after `calibrate` and `finish`
+    causal = False  # looks at the past only
     stages = 1  # states of each modality; `calibrate` is called so often, for a stage depends on those before it
 
     def __init_subclass__(cls, name: str, **kwargs):
@@ -252,13 +251,16 @@ class Estimator(nn.Module):
         return {}
 
     def refine(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor], corrupted: list[Tensor], steps: int, rate: float) -> None:
-        "Learn from what the model, held fixed, said of augmented calibration subjects, before `calibrate`; nothing by default."
+        "Learn from what the model, held fixed, said of augmented training windows, before `calibrate`; nothing by default."
 
     def calibrate(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
         "Fit what is to be measured on calibration subjects, late in training; nothing by default."
 
-    def calibrate_output(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
-        "Fit the variance of the estimate itself on calibration subjects, when training is over; nothing by default."
+    def calibrate_output(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor], groups: list[list[str]]) -> None:
+        "Fit the variance of the estimate itself on calibration subjects, when training is over, each group (one for each window) counting once; nothing by default."
+
+    def calibrate_alone(self, missing: int, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
+        "Fit what is to be measured where modality number `missing` is missing throughout, when training is over; nothing by default."
 
     def finish(self) -> None:
         "Called when the last part of training begins, after `calibrate`; nothing changes by default."
@@ -327,8 +329,9 @@ class InteractionStep(nn.Module):
     ) -> list[Tensor]:
         "The next states."
         said = [trust[..., n, None] * value(x) for n, (value, x) in enumerate(zip(self.value, states))]
-        *sums, amounts = leaky_sum(torch.cat([*said, trust], -1), self.decays, self.causal).split([self.dim, self.dim, 2], -1)
-        means = [total / (amounts[..., n, None] + 0.5) for n, total in enumerate(sums)]
+        there = (trust > 0).to(trust.dtype)
+        *sums, amounts, frames = leaky_sum(torch.cat([*said, trust, there], -1), self.decays, self.causal).split([self.dim, self.dim, 2, 2], -1)
+        means = [total / (frames[..., n, None] + 0.5) for n, total in enumerate(sums)]
         memory = torch.cat([*means, torch.log1p(amounts)], -1).flatten(-2)
         recalled = torch.tanh(self.recall(memory)).split(self.widths, -1)
         present = [trust[..., n, None] * say(x) for n, (say, x) in enumerate(zip(self.present, states))]

@@ -81,7 +81,7 @@ class StageAdaptiveReliability(nn.Module):
     ):
         super().__init__()
         self.smooth, self.floor, self.causal = smooth, floor, causal
-        self.about = [[i for i, owner in enumerate(cue_owners) if owner in f"{m}b-"] for m in "va"]
+        self.about = [[i for i, owner in enumerate(cue_owners.lower()) if owner in f"{m}b-"] for m in "va"]
         self.steady = [i for i, owner in enumerate(cue_owners) if owner == "v"]
         self.watches_states = watch_states or not cue_owners
         doors = widths if self.watches_states else ()
@@ -228,7 +228,7 @@ def fit_calibration(
     steps: int = 50,  # Newton steps
 ) -> tuple[Tensor, Tensor]:  # p and q, [...]
     "The maximum-likelihood line from predicted to calibrated log variance, for each trailing entry; p is at least 0.05."
-    l, e2, w = log_var.double(), error.double().square() + 1e-8, count.double()
+    l, e2, w = log_var.double(), torch.where(count, error, 0.0).double().square() + 1e-8, count.double()
     n = w.sum(0).clamp(min=1)
     centre = (w * l).sum(0) / n
     x = l - centre

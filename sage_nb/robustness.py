@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import shutil
 import numpy as np
 import pandas as pd
-from .core import DataError, Sequence, parallel_map, read_arrays, read_json
-from .evaluation import AXES, MODALITIES, MOMENTS, Evidence, read_table, write_table
+from .core import MODALITIES, DataError, Sequence, parallel_map, read_arrays, read_json
+from .evaluation import AXES, MOMENTS, SIGNALS, Evidence, read_table, write_table
 from .metrics import bootstrap_moments, ccc_from_moments, group_moments
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ def load_corrupted(
 
 # %% ../nbs/16_robustness.ipynb #1f42ec6c
 _SUMS = [f"{name}_{axis}" for axis in AXES for name in MOMENTS]
-_ENERGY = dict(visual="brightness", audio="level")  # the cue that is the energy of the signal
 
 
 def predict_condition(
@@ -81,7 +80,7 @@ def predict_condition(
         for s, p, mask in zip(sequences, predictions, masks):
             trusted.append(pd.DataFrame(dict(
                 run=run.name, family=condition.family, modality=m, severity=condition.severity, trial=s.id,
-                frame=np.arange(1, len(s) + 1, dtype=np.int32), corrupted=mask, ok=getattr(s, f"{m}_ok"), energy=s.cues[:, CUES.index(_ENERGY[m])],
+                frame=np.arange(1, len(s) + 1, dtype=np.int32), corrupted=mask, ok=getattr(s, f"{m}_ok"), energy=s.cues[:, CUES.index(SIGNALS[f"{m}_energy"])],
                 **{f"reliability_{name}_0": p.reliability[:, i, 0] for i, name in enumerate(MODALITIES)})))
     return pd.concat(rows, ignore_index=True), pd.concat(trusted, ignore_index=True) if trusted else pd.DataFrame()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import DataError, Sequence
 from .interaction import AttentionStep, Estimator, FrontEnd, Head, InteractionStep
-from .losses import beta_nll, known_order, mean_square, ordinal
+from .losses import beta_nll, known_order, masked_ccc, mean_square, ordinal
 from .reliability import Confidence, Readouts, StageAdaptiveReliability, fit_calibration, label_variance
 
 # %% auto #0
@@ -34,6 +34,10 @@ class SageOutput(NamedTuple):
     watched: tuple[Tensor, ...]  # and the states that it read, detached; none unless it watches states
 
 
+def _louder(va: Tensor, gain: Tensor) -> Tensor:
+    return torch.tanh(gain * torch.atanh(va.clamp(-0.999, 0.999)))
+
+
 _CHOICES = dict(reliability=("stages", "shared", "constant", "none"), fusion=("concatenation", "sum", "decision"), interaction=("memory", "attention"))
 
 
@@ -52,7 +56,7 @@ class SAGE(Estimator, name="sage"):
         weighting: str = "shares",  # "shares" or "gates", see reliability
         fusion: str = "concatenation",  # "concatenation", "sum" or "decision"
         interaction: str = "memory",  # "memory" or "attention"
-        gated_input: bool = True,  # trust scales features before representation
+        gated_input: bool = False,  # trust scales features before representation, too
         gated_messages: bool = True,  # trust scales what enters the interaction
         detached: bool = True,  # no gradient between branch and representation
         order: float = 0.1,  # weight of the ordinal terms
@@ -67,7 +71,9 @@ class SAGE(Estimator, name="sage"):
         for option, value in dict(reliability=reliability, fusion=fusion, interaction=interaction).items():
             if value not in _CHOICES[option]:
                 raise DataError(f"{option}: {value!r} is not known; use {', '.join(_CHOICES[option])}")
-        self.stages, self.finishing = steps + 1, False
+        if causal and reliability == "constant":
+            raise DataError("reliability constant is a mean over the whole window, which a causal model cannot know; take another, or causal=False")
+        self.stages, self.finishing, self.causal = steps + 1, False, causal
         self.reliability, self.fusion, self.gated_messages, self.detached = reliability, fusion, gated_messages, detached
         self.order, self.known = order, known
         self.front = FrontEnd(visual_dim, audio_dim, cue_dim, dropout=dropout, causal=causal, **front)
@@ -88,6 +94,7 @@ class SAGE(Estimator, name="sage"):
         self.register_buffer("slope", torch.ones(2))
         self.register_buffer("shift", torch.zeros(2))
         self.register_buffer("quantile", torch.full((2,), 1.645))  # of a normal distribution, until it is measured
+        self.register_buffer("alone", torch.ones(2, 2))  # gain of the estimate while a modality is missing throughout
 
     def fit_statistics(self, sequences: list[Sequence]) -> None:
         "Fit the input standardisation and the label's variance on the training set."
@@ -134,6 +141,10 @@ class SAGE(Estimator, name="sage"):
             va = (weights[..., None] * readouts).sum((2, 3)) / weights.sum((2, 3)).clamp(min=1e-6)[..., None]
         else:
             va = self.head(z)
+        if not self.training:
+            seen = ok.cummax(1).values if self.causal else ok.any(1, keepdim=True)
+            for missing in range(2):
+                va = torch.where(seen[..., missing, None] | ~seen[..., 1 - missing, None], va, _louder(va, self.alone[missing]))
         bound = (1.01 - va.detach().square()).log()
         raw = bound - torch.log1p(F.softplus(self.kappa(z.detach())))
         final = torch.minimum(self.slope * raw + self.shift, bound)
@@ -165,7 +176,7 @@ class SAGE(Estimator, name="sage"):
         return terms
 
     def refine(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor], corrupted: list[Tensor], steps: int, rate: float) -> None:
-        "Train the branch alone on calibration subjects: on training subjects it has only seen errors on what the readouts know by heart."
+        "Train the branch alone, on windows that show corrupted copies more often than training does."
         optimiser = torch.optim.AdamW(self.branch.parameters(), rate, weight_decay=0.01)
         self.train()
         for step in range(steps):
@@ -179,33 +190,43 @@ class SAGE(Estimator, name="sage"):
     def calibrate(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
         "Fit the calibration lines and the median evidence on calibration subjects."
         counts = torch.cat([self._counts(o, v).expand_as(o.readouts).flatten(0, 1) for o, v in zip(outputs, valid)])
-        error = torch.cat([(o.readouts - y[:, :, None, None]).flatten(0, 1) for o, y in zip(outputs, va)])
+        error = torch.cat([(o.readouts - y[:, :, None, None]).flatten(0, 1) for o, y in zip(outputs, va)])  # may be NaN where no label counts
         p, q = fit_calibration(torch.cat([o.raw_readout_log_var.flatten(0, 1) for o in outputs]), error, counts)
         self.branch.slope.copy_(p)
         self.branch.shift.copy_(q)
         evidence = torch.cat([self.branch.evidence(self.branch.calibrated(o.raw_readout_log_var), o.ok)[0].flatten(0, 1) for o in outputs])
         self.branch.fit_centre(evidence, counts[..., 0, 0])
 
-    def calibrate_output(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor], level: float = 0.9) -> None:
-        "Fit the calibration line of the estimate's own variance, and the conformal quantile of its intervals, one window counting as one video."
+    def calibrate_output(
+        self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor], groups: list[list[str]], level: float = 0.9
+    ) -> None:
+        "Fit the calibration line of the estimate's own variance, and the conformal quantile of its intervals, each group counting once."
         error, raw, bound = (torch.cat([x.flatten(0, 1) for x in part]) for part in (
             [o.va - y for o, y in zip(outputs, va)], [o.raw_log_var for o in outputs], [(1.01 - o.va.square()).log() for o in outputs]))
         counts = torch.cat([v.flatten() for v in valid])
         p, q = fit_calibration(raw, error, counts[:, None].expand_as(error))
         self.slope.copy_(p)
         self.shift.copy_(q)
-        labelled = torch.cat([v.sum(1, keepdim=True).expand_as(v).flatten() for v in valid])[counts]
-        videos = int(sum(v.any(1).sum() for v in valid))
+        number = {group: i for i, group in enumerate(sorted({group for part in groups for group in part}))}
+        member = torch.cat([torch.tensor([number[g] for g in part], device=v.device)[:, None].expand_as(v)[v] for part, v in zip(groups, valid)])
+        labelled = torch.bincount(member, minlength=len(number)).double()
+        weight = 1 / labelled[member] / (labelled > 0).sum()
         scores = (error.abs() / (torch.minimum(p * raw + q, bound) / 2).exp())[counts]
         for k in range(2):
             value, order = scores[:, k].sort()
-            share = (1 / labelled[order].double() / videos).cumsum(0)
-            self.quantile[k] = value[min(int((share < level).sum()), len(value) - 1)]
+            self.quantile[k] = value[min(int((weight[order].cumsum(0) < level).sum()), len(value) - 1)]
+
+    def calibrate_alone(self, missing: int, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
+        "Find the gain at which the estimate from the other modality alone concords best with the labels."
+        said, truth = (torch.cat([x[v] for x, v in zip(part, valid)]) for part in ([o.va for o in outputs], va))
+        gains = torch.logspace(-0.5, 0.8, 60, device=said.device)
+        ccc = masked_ccc(_louder(said, gains[:, None, None]), truth, torch.ones_like(said, dtype=torch.bool), (1,))  # [60, 2]
+        self.alone[missing] = gains[ccc.argmax(0)]
 
     def finish(self) -> None:
-        "Freeze representation, interaction, readouts and branch; alpha, head and variance finish on calibrated confidence."
+        "Freeze all that trust depends on or acts on: representation, interaction, readouts, branch and confidence; head and variance finish on calibrated weights."
         self.finishing = True
-        for part in (self.front, self.interaction, self.readouts, self.branch):
+        for part in (self.front, self.interaction, self.readouts, self.branch, self.confidence):
             part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> SAGE:

@@ -157,7 +157,7 @@ def _loudness(sound: np.ndarray) -> float:
     return 10 ** (np.quantile(sound_level(sound, 0.0, np.arange(0, len(sound) / AUDIO_RATE, 0.1)), 0.85) / 20)
 
 
-_SOUND_KINDS = dict(babble=0.55, noise=0.25, clipping=0.1, mute=0.1)  # how often
+_SOUND_KINDS = dict(babble=0.5, noise=0.25, clipping=0.1, mute=0.15)  # how often
 
 
 def _corrupt_voice(

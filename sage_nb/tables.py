@@ -7,20 +7,21 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import DataError, read_json, write_text
-from .evaluation import (LABELS, MODALITIES, Evidence, ablation, calibration, cell, comparison, describe, detection, model_keys,
-                                read_evidence, reliability_by, write_provenance)
+from .core import MODALITIES, DataError, read_json, write_text
+from .evaluation import (LABELS, Evidence, ablation, calibration, cell, comparison, describe, detection, is_variant, model_keys,
+                                read_evidence, read_table, reliability_by, variant_differences, write_provenance)
 from .robustness import loss_differences, missing_differences, robustness_areas, robustness_curves
 
 # %% auto #0
-__all__ = ['CONVENTIONS', 'PUBLISHED', 'PUBLISHED_CAPTION', 'LOSS', 'CONCATENATIONS', 'COST', 'REPLICATED', 'number', 'interval',
-           'p_text', 'measured', 'model_label', 'markdown', 'latex', 'write_formats', 'row_keys', 'comparison_caption',
-           'comparison_texts', 'conventions_texts', 'conventions_caption', 'ablation_texts', 'ablation_caption',
-           'calibration_texts', 'calibration_caption', 'detection_texts', 'detection_caption', 'reliability_means',
-           'reliability_texts', 'reliability_caption', 'efficiency_table', 'efficiency_texts', 'efficiency_caption',
-           'published', 'robustness_table', 'robustness_texts', 'robustness_caption', 'losses_texts', 'losses_caption',
-           'missing_texts', 'missing_caption', 'comparison_criteria', 'claims', 'claims_texts', 'claims_caption',
-           'write_tables', 'write_conditions', 'control_criteria', 'replication_texts', 'write_replication']
+__all__ = ['CONVENTIONS', 'PUBLISHED', 'PUBLISHED_CAPTION', 'LOSS', 'QUESTIONS', 'CONCATENATIONS', 'COST', 'REPLICATED', 'number',
+           'interval', 'p_text', 'measured', 'model_label', 'markdown', 'latex', 'write_formats', 'row_keys',
+           'comparison_caption', 'comparison_texts', 'conventions_texts', 'conventions_caption', 'ablation_texts',
+           'ablation_caption', 'calibration_texts', 'calibration_caption', 'detection_texts', 'detection_caption',
+           'reliability_means', 'reliability_texts', 'reliability_caption', 'efficiency_table', 'efficiency_texts',
+           'efficiency_caption', 'published', 'robustness_table', 'robustness_texts', 'robustness_caption',
+           'losses_texts', 'losses_caption', 'missing_texts', 'missing_caption', 'for_comparison',
+           'comparison_criteria', 'claims', 'claims_texts', 'claims_caption', 'write_tables', 'write_conditions',
+           'control_criteria', 'replication_texts', 'write_replication']
 
 # %% ../nbs/19_tables.ipynb #25145056
 def number(
@@ -124,10 +125,11 @@ def comparison_caption(
             "difference, min(1, 2 (1 + the smaller number of draws on one side of 0) / (draws + 1)), corrected by Holm over the trained baselines of "
             "the configuration. It speaks of these trained models on new people. "
             "All models have the same front end, flags, cues, augmentation, loss of the estimate, selection and budget. "
-            "SAGE alone has further loss terms (its readouts, their likelihood and order, its own variance) and alone uses the calibration "
-            "subjects, after which its representation is frozen: its difference to the concatenation is that of the whole method, not of "
-            f"fusion alone. The row “{LABELS['concat_readouts']}” has SAGE's readout losses and neither reliability nor calibration subjects, so that what "
-            "supervision adds is told apart; what each further ingredient adds is in the table of ablations. "
+            f"Loss terms beside it are each method's own: the error of readouts (“{LABELS['concat_readouts']}”), the experts' likelihood ({LABELS['poe']}), their "
+            f"error and its order ({LABELS['cold']}); SAGE has the error, likelihood and order of its readouts and the likelihood of its own variance, and it alone has "
+            "the known order of what was corrupted on purpose and alone uses the calibration subjects, after which its representation is frozen. So its difference to the "
+            f"concatenation is that of the whole method, not of fusion alone. “{LABELS['sage_no_calibration']}”: SAGE that has never seen them, and so learns from what "
+            "the baselines learn from; a variant, not a baseline, and in no test. The known order has a row of its own, and what each further ingredient adds another, in the table of ablations. "
             "Reference rows use the labels themselves: every constant has a CCC of 0, and each video's true mean is an oracle.")
 
 
@@ -187,7 +189,7 @@ def ablation_texts(
 
 def ablation_caption(evidence: Evidence, resamples: int) -> str:
     "What `ablation` shows."
-    return (f"What each part of SAGE is worth: every row changes one thing. {_convention(evidence)} Row − SAGE: difference of P over the seeds that both were "
+    return (f"What each part of SAGE is worth: every row changes one thing and names what follows from it. {_convention(evidence)} Row − SAGE: difference of P over the seeds that both were "
             f"trained with, 95 % percentile bootstrap over groups, {resamples} draws, not corrected for the number of rows. AUROC: reliability at stage 0, frames free of "
             "the modality's nuisances against frames under them (sound: while the subject speaks). ENCE: of the estimate, 5 bins, mean of both axes.")
 
@@ -214,7 +216,7 @@ def detection_texts(
     table: pd.DataFrame,  # from `detection`
 ) -> pd.DataFrame:
     "Formatted cells."
-    return pd.DataFrame({"question": table.task, "kind": table.kind.str.replace("_", " "), "flags and energy read": [word or "–" for word in table.reading],
+    return pd.DataFrame({"question": table.task, "kind": table.kind.str.replace("_", " "),
                          "frames": [f"{a} / {b}" for a, b in zip(table.reliable, table.unreliable)], "AUROC of reliability": measured(table, "auroc"),
                          "AUROC of flags and energy": measured(table, "baseline"), "difference": measured(table, "gain")}, dtype=object)
 
@@ -223,9 +225,12 @@ def detection_caption(evidence: Evidence, resamples: int) -> str:
     "What `detection` shows."
     return (f"Does SAGE's reliability know? {describe(evidence)} Reliability at stage 0, frames in which the modality was observed; AUROC, mean over seeds. Visual nuisance: "
             "frames under none against frames under one. Audio nuisance: the same while the subject speaks. Own voice: the subject speaks against the subject listens, "
-            "no audio nuisance. Flags and energy: the best of a fixed list of readings of both flags, the face's brightness and the sound's level, chosen on dev for each question "
-            "over all kinds. Corruption: raw media corrupted in stretches, severity 2 and 3, frames in a stretch against frames outside of it that no nuisance of the corpus "
-            f"disturbs (sound: while the subject speaks); flags and energy read as for nuisances. 95 % intervals: percentile bootstrap over groups, {resamples} draws; differences on the same draws.")
+            "no audio nuisance. Flags and energy: a logistic regression of both flags and of the energy of the modality (the face's brightness or the sound's level), by frame, over half a "
+            "second and against the clip's median, fitted for each question on the truth of dev, which SAGE never sees. Corruption: raw media corrupted in stretches, severity 2 and 3, "
+            "all families and each, flag true before and after: frames in a stretch against the same frames of the clean video; within the clip: against the other frames of the same "
+            "clip. Both in frames free of the corpus's own nuisances (sound: while the subject speaks); with nuisances: in all frames. Dev is not corrupted with a record, so flags and "
+            "energy are fitted as for nuisances; seeds are those of the robustness suite. "
+            f"95 % intervals: percentile bootstrap over groups, {resamples} draws; differences on the same draws.")
 
 
 def reliability_means(evidence: Evidence) -> pd.DataFrame:  # kind, name, frames, then reliability_<modality>_<stage> and weight_<modality>_<stage>
@@ -337,7 +342,7 @@ def robustness_caption(evidence: Evidence) -> str:
     curves = robustness_curves(evidence)
     seen = ", ".join(sorted(family.replace("_", " ") for family in curves.family[curves.seen].unique()))
     return (f"P under corruption. {_convention(evidence)} Clean: without corruption. Each family: mean of P over severities 0 (clean) to 3, the area under its curve; seen, "
-            f"unseen: mean over the families that augmentation contains ({seen}) and over those that it does not.")
+            f"unseen: mean over the families that training contains ({seen}) and over those that it does not.")
 
 
 LOSS = 0.05  # what the concatenation must lose for a condition to count
@@ -373,8 +378,22 @@ def missing_caption(evidence: Evidence, resamples: int) -> str:
             f"groups, {resamples} draws.")
 
 # %% ../nbs/19_tables.ipynb #a8b1b336
-def _criterion(criterion: str, value: float, wanted: str, met: bool, low: float = np.nan, high: float = np.nan) -> dict:
-    return dict(criterion=criterion, measured=value, low=low, high=high, wanted=wanted, met=bool(met))
+def _criterion(criterion: str, value: float, wanted: str, met: bool | None, low: float = np.nan, high: float = np.nan) -> dict:
+    return dict(criterion=criterion, measured=value, low=low, high=high, wanted=wanted, met=None if met is None else bool(met))
+
+
+def for_comparison(
+    variants: pd.DataFrame,  # from `variant_differences`
+) -> list[dict]:  # as a criterion has them; nothing is wanted, and met is missing
+    "What a variant of SAGE gains over the concatenations: no criterion."
+    return [_criterion(f"for comparison: P of {model_label(row.model)} less that of {model_label(row.other)}", row.difference, "–", None, row.low, row.high)
+            for row in variants.itertuples()]
+
+
+QUESTIONS = {  # task of `detection` -> what it tells, least AUROC
+    "visual nuisance": ("the sample's own visual nuisances", 0.8), "audio nuisance": ("the sample's own audio nuisances", 0.8), "own voice": ("own voice", 0.7),
+    "visual corruption": ("visual corruption of severity ≥ 2 from the clean video", 0.8),
+    "audio corruption": ("audio corruption of severity ≥ 2 from the clean video", 0.8)}
 
 
 CONCATENATIONS = ["concat", "concat_wide", "concat_readouts"]
@@ -408,9 +427,10 @@ def claims(
     losses: pd.DataFrame,  # from `robustness.loss_differences`; may be empty
     missing: pd.DataFrame,  # from `robustness.missing_differences`; may be empty
     bars: list[dict] = (),  # of the bench record: bar, value, most, met
-) -> pd.DataFrame:  # criterion, measured, low, high, wanted, met
+    variants: pd.DataFrame = pd.DataFrame(),  # from `variant_differences`
+) -> pd.DataFrame:  # criterion, measured, low, high, wanted, met (missing: no criterion)
     "Every criterion against what was measured; `low` and `high` are the 95 % interval where there is one."
-    rows = comparison_criteria(compared)
+    rows = comparison_criteria(compared) + for_comparison(variants)
 
     def add(*criterion):
         rows.append(_criterion(*criterion))
@@ -421,10 +441,10 @@ def claims(
         add(f"conditions in which SAGE loses less, of {len(cells)} in which the concatenation loses {LOSS} or more (interval excludes 0)", share, f"{len(cells)}", share == len(cells))
     for row in missing.itertuples():
         add(f"P of SAGE without {row.missing} less that of {model_label(row.alone)}", row.difference, "≥ −0.03", row.difference >= -0.03, row.low, row.high)
-    for row in detected[detected.kind == "all"].itertuples():
-        least = 0.7 if row.task == "own voice" else 0.8
-        add(f"AUROC of reliability, {row.task}", row.auroc, f"≥ {least}", row.auroc >= least, row.auroc_low, row.auroc_high)
-        add(f"AUROC of reliability less that of flags and energy, {row.task}", row.gain, "> 0", row.gain > 0, row.gain_low, row.gain_high)
+    for row in detected[(detected.kind == "all") & detected.task.isin(QUESTIONS)].itertuples():
+        what, least = QUESTIONS[row.task]
+        add(f"AUROC of reliability, {what}", row.auroc, f"≥ {least}", row.auroc >= least, row.auroc_low, row.auroc_high)
+        add(f"AUROC of reliability less that of flags and energy, {what}", row.gain, "> 0", row.gain > 0, row.gain_low, row.gain_high)
     for row in calibrated[calibrated.axis == "both"].itertuples():
         add(f"ENCE, {row.what}", row.ence_after, "≤ 0.15", row.ence_after <= 0.15, row.ence_after_low, row.ence_after_high)
         if not pd.isna(row.ence_before):
@@ -433,7 +453,7 @@ def claims(
             row.coverage_after_low, row.coverage_after_high)
     for bar in bars:
         add(bar["bar"], bar["value"], f"≤ {bar['most']:g}", bar["met"])
-    return pd.DataFrame(rows, columns=["criterion", "measured", "low", "high", "wanted", "met"])
+    return pd.DataFrame(rows, columns=["criterion", "measured", "low", "high", "wanted", "met"]).astype({"met": "boolean"})
 
 
 def claims_texts(
@@ -441,20 +461,21 @@ def claims_texts(
 ) -> pd.DataFrame:
     "Formatted cells."
     values = [str(int(value)) if wanted.removeprefix("≥ ").isdigit() else number(value) for value, wanted in zip(table.measured, table.wanted)]
-    return pd.DataFrame({"criterion": table.criterion, "met": table.met.map({True: "yes", False: "no"}), "measured": values,
+    return pd.DataFrame({"criterion": table.criterion, "met": ["–" if pd.isna(met) else "yes" if met else "no" for met in table.met], "measured": values,
                          "95 % interval": [interval(*ends) for ends in zip(table.low, table.high)], "wanted": table.wanted}, dtype=object)
 
 
 def claims_caption(evidence: Evidence) -> str:
     "What `claims` shows."
-    return (f"This project's criteria, set before the evidence was there, and what was measured; values and methods as in the other tables. {describe(evidence)} They are of this corpus, not of Aff-Wild2.")
+    return (f"This project's criteria, set before the evidence was there, and what was measured; values and methods as in the other tables. {describe(evidence)} They are of this corpus, not of Aff-Wild2. "
+            "Lines for comparison are no criteria.")
 
 # %% ../nbs/19_tables.ipynb #e61579ae
 def _runs_behind(runs: pd.DataFrame, row: tuple, column: str) -> pd.DataFrame:
     "The runs that a cell of a comparison rests on: a difference on those of SAGE too, Holm's correction on those of every baseline."
     own = runs[runs.configuration == row.configuration]
-    if column in ("p_holm", "verdict") and row.model != "sage":
-        return own[own.kind == "comparison"]
+    if column in ("p_holm", "verdict") and not pd.isna(row.p_holm):
+        return own[(own.kind == "comparison") & ~is_variant(own)]
     return own[own.model.isin([row.model, *(["sage"] if column.startswith(("sage_gain", "p_value")) else [])])]
 
 
@@ -471,6 +492,12 @@ def write_tables(
 
     def runs_of(*models):
         return found.runs[found.runs.model.isin(models) & (found.runs.configuration == "equal")]
+
+    suite = found.folder / "robustness.parquet"
+    in_suite = set(read_table(suite, ["run"]).run) if suite.is_file() else set()  # it may have been asked of fewer seeds
+
+    def tested(*models):
+        return runs_of(*models)[lambda runs: runs.run.isin(in_suite)]
 
     def publish(name, table, texts, caption, runs=lambda row, column: runs_of("sage"), keys=("model", "configuration"), words=2, stage="tables"):
         if table.empty:
@@ -494,15 +521,16 @@ def write_tables(
             lambda row, column: runs_of(row.model, *(["sage"] if column.startswith("gain") else [])), ["model"])
     detected, calibrated, means = detection(found, "sage", "equal", few, seed), calibration(found, "sage", "equal", few, seed), reliability_means(found)
     publish("calibration", calibrated, calibration_texts(calibrated), calibration_caption(found, few), keys=["what", "axis"])
-    publish("detection", detected, detection_texts(detected), detection_caption(found, few), keys=["task", "kind"], words=3)
+    publish("detection", detected, detection_texts(detected), detection_caption(found, few),
+            lambda row, column: (tested if "corruption" in row.task else runs_of)("sage"), ["task", "kind"])
     publish("reliability", means, reliability_texts(means), reliability_caption(found), keys=["kind", "name"])
     losses = missing = pd.DataFrame(columns=["family", "severity", "loss_other"])
-    if (found.folder / "robustness.parquet").is_file():
+    if suite.is_file():
         table = robustness_table(found)
-        publish("robustness", table, robustness_texts(table), robustness_caption(found), lambda row, column: runs_of(row.model), ["model"])
+        publish("robustness", table, robustness_texts(table), robustness_caption(found), lambda row, column: tested(row.model), ["model"])
         losses, missing = loss_differences(found, resamples=resamples, seed=seed), missing_differences(found, resamples=resamples, seed=seed)
-        publish("robustness_losses", losses, losses_texts(losses), losses_caption(found, resamples), lambda row, column: runs_of("concat", "sage"), ["family", "seen", "severity"], 4)
-        publish("robustness_missing", missing, missing_texts(missing), missing_caption(found, resamples), lambda row, column: runs_of(row.alone, "sage"), ["missing"])
+        publish("robustness_losses", losses, losses_texts(losses), losses_caption(found, resamples), lambda row, column: tested("concat", "sage"), ["family", "seen", "severity"], 4)
+        publish("robustness_missing", missing, missing_texts(missing), missing_caption(found, resamples), lambda row, column: tested(row.alone, "sage"), ["missing"])
     bars = []
     if bench is not None and Path(bench).is_file():
         record = read_json(bench)
@@ -510,7 +538,7 @@ def write_tables(
         publish("efficiency", table, efficiency_texts(table), efficiency_caption(record), lambda row, column: runs_of(), ["label", "configuration"], stage="bench")
     table = published()
     publish("published", table, table, PUBLISHED_CAPTION, lambda row, column: runs_of(), ["year", "method"], 3, "published sources")
-    table = claims(compared, detected, calibrated, losses, missing, bars)
+    table = claims(compared, detected, calibrated, losses, missing, bars, variant_differences(found, CONCATENATIONS, "equal", resamples, seed))
     publish("claims", table, claims_texts(table), claims_caption(found), lambda row, column: found.runs[found.runs.kind == "comparison"], ["criterion"])
     return tables
 
@@ -581,12 +609,13 @@ def write_replication(
         table = comparison(found, resamples, seed)
         table = table[table.seeds > 0].assign(corpus=corpus)[REPLICATED]
         rows = (comparison_criteria if sample["nuisances"] else control_criteria)(table)
+        more = for_comparison(variant_differences(found, CONCATENATIONS, "equal", resamples, seed))
         if not rows:
             raise DataError(f"{found.folder}: no run of SAGE and of a concatenation, so there is nothing to judge; name both in params.yaml")
         met = sum(row["met"] for row in rows)
         rows.append(_criterion("verdict: criteria that are met", met, str(len(rows)), met == len(rows)))
         compared.append(table)
-        judged.append(pd.DataFrame(rows).assign(corpus=corpus)[["corpus", *rows[0]]])
+        judged.append(pd.DataFrame([*more, *rows]).astype({"met": "boolean"}).assign(corpus=corpus)[["corpus", *rows[0]]])
         runs = found.runs.assign(run=f"{corpus}/" + found.runs.run)  # a run's name says nothing of its corpus
         records |= {f"{corpus}/{run}": record for run, record in found.records.items()}
         cells |= {key: {column: cell("verdict", _runs_behind(runs, row, column)) for column in table}

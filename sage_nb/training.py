@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import hashlib
 import numpy as np
@@ -20,8 +20,8 @@ from .losses import masked_ccc, va_loss
 from .windows import OverlapAverage, collate, training_batches, window_starts
 
 # %% auto #0
-__all__ = ['Settings', 'learning_rate', 'predict_sequences', 'score', 'model_arrays', 'load_arrays', 'data_hash', 'fit',
-           'load_run', 'matching_width', 'train_runs']
+__all__ = ['WINDOW', 'HOP', 'Settings', 'learning_rate', 'predict_sequences', 'score', 'model_arrays', 'load_arrays', 'data_hash',
+           'fit', 'load_run', 'matching_width', 'train_runs']
 
 # %% ../nbs/14_training.ipynb #c404207c
 @dataclass(frozen=True)
@@ -60,16 +60,21 @@ def learning_rate(
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 # %% ../nbs/14_training.ipynb #82491b22
+WINDOW, HOP = 600, 500  # frames of a window of prediction, and from one to the next
+
+
 @torch.no_grad()
 def predict_sequences(
     model: Estimator,
     sequences: list[Sequence],
-    window: int = 600,  # frames of a window
-    hop: int = 500,  # frames from one window to the next
+    window: int = WINDOW,  # frames of a window; a causal model sees a sequence as one window, as a stream would show it
+    hop: int = HOP,  # frames from one window to the next
     batch: int = 8,  # windows at a time
 ) -> list[Prediction]:  # one a sequence, in their order
     "Predict every frame of every sequence; the model is left in evaluation mode."
     model.eval()
+    if model.causal:
+        window = hop = max(map(len, sequences), default=1)
     device = next(model.parameters()).device
     averages = [OverlapAverage(len(s)) for s in sequences]
     windows = sorted(((i, start) for i, s in enumerate(sequences) for start in window_starts(len(s), window, hop)),
@@ -152,23 +157,31 @@ def _deterministic():
 
 
 @torch.no_grad()
-def _outputs(model: Estimator, sequences: list[Sequence], settings: Settings, device: torch.device) -> tuple[list, list, list]:
-    "Outputs, labels and their masks, by batches."
+def _outputs(model: Estimator, sequences: list[Sequence], device: torch.device) -> tuple[list, list, list, list[list[str]]]:
+    "Outputs, labels, their masks and the windows' groups, by batches of the windows that prediction uses; a frame counts in its first window alone."
     model.eval()
-    windows = [(i, start) for i, s in enumerate(sequences) for start in window_starts(len(s), settings.window, settings.window)]
-    batches = [collate(sequences, windows[k : k + 8], settings.window).to(device) for k in range(0, len(windows), 8)]
-    return [model(*b.inputs) for b in batches], [b.va for b in batches], [b.valid for b in batches]
+    windows = [(i, start) for i, s in enumerate(sequences) for start in window_starts(len(s), WINDOW, HOP)]
+    known = [WINDOW + before[1] - start if before[0] == i else 0 for before, (i, start) in zip([(-1, 0), *windows], windows)]
+    outputs, va, valid, groups = [], [], [], []
+    for k in range(0, len(windows), 8):
+        part = windows[k : k + 8]
+        batch = collate(sequences, part, WINDOW).to(device)
+        fresh = torch.arange(batch.mask.shape[1], device=device) >= torch.tensor(known[k : k + 8], device=device)[:, None]
+        outputs.append(model(*batch.inputs))
+        va.append(batch.va)
+        valid.append(batch.valid & fresh)
+        groups.append([sequences[i].group for i, _ in part])
+    return outputs, va, valid, groups
 
 
-def _refine(model: Estimator, train: list[Sequence], calibration: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
-    "Show the model, held fixed, augmented sequences, calibration subjects twice as often, and let it learn from what it said of them."
+def _refine(model: Estimator, train: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
+    "Show the model, held fixed, augmented training windows, and let it learn from what it said of them."
     rng = np.random.default_rng([seed, settings.epochs])
     torch.manual_seed(int(rng.integers(2**31)))
     model.eval()
     share = 0.8 if settings.augment else 0.0  # more copies than in training: they are what the branch has to know
     batches = [augment(batch, rng, share, model.front.cue_owners, copies=0.7).to(device)
-               for sequences, times in ((train, 3), (calibration, 6)) for _ in range(times)
-               for batch in training_batches(sequences, settings.window, settings.batch, rng)]
+               for _ in range(4) for batch in training_batches(train, settings.window, settings.batch, rng)]
     batches = [batches[i] for i in rng.permutation(len(batches))]
     with torch.no_grad():
         outputs = [model(*b.inputs) for b in batches]
@@ -176,12 +189,21 @@ def _refine(model: Estimator, train: list[Sequence], calibration: list[Sequence]
                  settings.refine_steps, settings.refine_rate)
 
 
-def _calibrate(model: Estimator, train: list[Sequence], sequences: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
-    "Refine, then calibrate once a stage: what is fitted at a stage changes the trust in senders, and so the stages after it."
+def _calibrate(model: Estimator, train: list[Sequence], calibration: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
+    """Refine on training subjects, then calibrate on subjects that trained nothing: several times, for what is fitted changes the trust in the input
+    and in senders, and so the states whose errors were measured."""
     if settings.refine_steps:
-        _refine(model, train, sequences, settings, seed, device)
-    for _ in range(model.stages):
-        model.calibrate(*_outputs(model, sequences, settings, device))
+        _refine(model, train, settings, seed, device)
+    for _ in range(model.stages + 2):
+        model.calibrate(*_outputs(model, calibration, device)[:3])
+
+
+def _calibrate_output(model: Estimator, calibration: list[Sequence], device: torch.device) -> None:
+    "What is measured when training is over: the estimate's variance, and what becomes of it where a modality is missing throughout."
+    for missing, flag in enumerate(("visual_ok", "audio_ok")):
+        without = [replace(s, **{flag: np.zeros(len(s), bool)}) for s in calibration]
+        model.calibrate_alone(missing, *_outputs(model, without, device)[:3])
+    model.calibrate_output(*_outputs(model, calibration, device))
 
 
 def _split_off(val: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
@@ -230,7 +252,7 @@ def fit(
             if settings.calibrate == "after":
                 _calibrate(model, train, calibration, settings, seed, device)
                 model.eval()
-            model.calibrate_output(*_outputs(model, calibration, settings, device))
+            _calibrate_output(model, calibration, device)
     if run_dir:
         chosen = max((h for h in history if h["eligible"]), key=lambda h: h["dev_p"])
         write_arrays(run_dir / "model.safetensors", model_arrays(model))

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from sage_nb.core import DataError, Sequence, read_json, write_arrays, write_json
-from sage_nb.evaluation import (REFERENCES, SMOOTHING, ablation, calibration, comparison, conventions, describe, detection, energy_readings,
-                                evaluate_runs, moving_average, read_evidence, read_table, reliability_auroc, reliability_by, run_scores,
-                                simulate_evidence, truth_masks, write_table)
+from sage_nb.evaluation import (REFERENCES, SMOOTHING, ablation, calibration, comparison, conventions, describe, detection, evaluate_runs,
+                                fit_meter, is_variant, meter_features, moving_average, read_evidence, read_table, reliability_auroc, reliability_by, run_scores,
+                                simulate_evidence, truth_masks, variant_differences, write_table)
 from sage_nb.features import CUES
 from sage_nb.metrics import ence, holm
 
@@ -105,7 +105,22 @@ def test_p_values_against_counting(evidence):
         largest = max(largest, min(1, value * (7 - k)))
         assert table.p_holm[model] == pytest.approx(largest)
         assert table.verdict[model] == ("SAGE above" if largest < 0.05 else "not told apart")  # in this simulation SAGE is never below
-    assert table.p_holm[["sage", *REFERENCES, ]].isna().all()
+    assert table.p_holm[["sage", "sage_no_calibration", *REFERENCES]].isna().all() and table.p_value[["sage", "sage_no_calibration"]].isna().all()
+
+
+def test_a_variant_of_sage_is_compared_and_is_no_baseline(evidence):
+    "Its difference has the interval of the same draws; the corrected p of the others are what they are without it."
+    table, differences = comparison(evidence, resamples=200).set_index("model"), variant_differences(evidence, ["concat", "late", "lfan"], resamples=200)
+    assert evidence.runs.model[is_variant(evidence.runs)].unique().tolist() == ["sage_no_calibration"]
+    row = table.loc["sage_no_calibration"]
+    assert row.verdict == "" and row.sage_gain == pytest.approx(table.p["sage"] - row.p) and row.sage_gain_low < row.sage_gain < row.sage_gain_high
+    assert differences[["model", "other"]].to_numpy().tolist() == [["sage_no_calibration", other] for other in ("concat", "late")]
+    for one in differences.itertuples():
+        assert one.difference == pytest.approx(row.p - table.p[one.other]) and one.low < one.difference < one.high
+    evidence = read_evidence(evidence.folder)
+    evidence.runs = evidence.runs[evidence.runs.model != "sage_no_calibration"]
+    without = comparison(evidence, resamples=200).set_index("model")
+    assert without.p_holm.equals(table.p_holm.drop("sage_no_calibration")) and variant_differences(evidence, ["concat"]).empty
 
 
 def test_holm_on_known_values():
@@ -195,8 +210,18 @@ def test_ablation_compares_shared_seeds(tmp_path):
     assert table.gain["steps_0"] == pytest.approx(scores[["steps_0-0", "steps_0-1"]].mean() - scores[["sage-0", "sage-1"]].mean())
     assert table.gain["no_reliability"] == pytest.approx(scores[[f"no_reliability-{k}" for k in range(3)]].mean() - scores[[f"sage-{k}" for k in range(3)]].mean())
     assert np.isnan(table.auroc_visual["no_reliability"]) and np.isnan(table.ence["no_reliability"])
+    assert table.changed["steps_0"] == "no interaction step" and table.changed["sage"] == "nothing"
     frames = [evidence.predictions(f"steps_0-{k}").query("valid") for k in (0, 1)]
     assert table.ence["steps_0"] == pytest.approx(np.mean([ence(f[f"pred_{a}"], f[a], np.exp(f[f"log_var_{a}"]), bins=5) for f in frames for a in ("valence", "arousal")]))
+
+
+def test_a_variant_stands_among_the_ablations_with_all_its_seeds_and_an_unknown_label_has_its_own_words(tmp_path):
+    simulate_evidence(tmp_path, seeds=[0, 1], trials=4, frames=200, models=["concat", "sage", "sage_no_calibration", "steps_0"])
+    runs = read_table(tmp_path / "runs.parquet")
+    write_table(tmp_path / "runs.parquet", runs[runs.run != "steps_0-1"].replace({"model": {"steps_0": "trust_at_input"}}))
+    table = ablation(read_evidence(tmp_path), resamples=50)
+    assert table.model.tolist() == ["sage", "sage_no_calibration", "trust_at_input"] and table.seeds.tolist() == [2, 2, 1]
+    assert table.changed.tolist() == ["nothing", "no calibration subjects, so no frozen final phase", "trust at input"]
 
 
 def pairs_won(high, low):
@@ -222,7 +247,7 @@ def test_detection_of_planted_reliability(tmp_path):
         frames["reliability_audio_0"] = (rng.random(len(frames)) * 0.4 + step * 0.5 * (side.phase == "speak")).round(2).astype(np.float32)
         write_table(tmp_path / "predictions" / f"sage-{seed}.parquet", frames)
         tables[seed] = frames.merge(truth, on=["trial", "frame"])
-    signals = read_table(tmp_path / "signals.parquet")  # brightness tells on dev when read one way, on validation when read the other way
+    signals = read_table(tmp_path / "signals.parquet")  # what brightness says on dev is wrong on validation
     side = signals[["trial", "frame"]].merge(truth, how="left").visual_nuisance.fillna("")
     sign = np.where(signals.split == "dev", -1, 1)
     signals["visual_energy"] = np.where(signals.visual_ok, sign * (side == "") + 0.01 * rng.random(len(signals)), np.nan)
@@ -235,7 +260,7 @@ def test_detection_of_planted_reliability(tmp_path):
     row = table.loc["visual nuisance", "all"]
     assert row.auroc == pytest.approx(np.mean(expected)) and (row.reliable, row.unreliable) == (len(clean[0]), len(hit[0]))
     assert row.auroc_low <= row.auroc <= row.auroc_high and row.auroc_low < row.auroc_high
-    assert row.reading.startswith("low") and row.baseline < 0.05 and row.gain == pytest.approx(row.auroc - row.baseline)
+    assert row.baseline < 0.05 and row.gain == pytest.approx(row.auroc - row.baseline)
     hand = [pairs_won(a.reliability_visual_0, b.reliability_visual_0[b.visual_nuisance == "hand"]) for a, b in zip(clean, hit)]
     assert table.loc["visual nuisance", "hand"].auroc == pytest.approx(np.mean(hand))
     own, listens = ([f.reliability_audio_0[f.audio_ok & (f.audio_nuisance == "") & (f.phase == phase)] for f in tables.values()] for phase in ("speak", "listen"))
@@ -247,22 +272,68 @@ def test_detection_of_planted_reliability(tmp_path):
     assert stage.auroc["visual"] == pytest.approx(row.auroc) and stage.auroc_own["audio"] == pytest.approx(table.loc["own voice", "all"].auroc)
 
 
-def test_detection_of_corruption(tmp_path, evidence):
+def test_detection_of_corruption(evidence):
     table = detection(evidence, resamples=50).set_index(["task", "kind"])
-    frames = read_table(evidence.folder / "corrupted_reliability.parquet").query("family == 'noise' and severity >= 2 and ok").merge(evidence.truth, on=["trial", "frame"])
-    frames = frames[(frames.phase == "speak") & (frames.audio_nuisance == "")]
-    expected = [pairs_won(f.reliability_audio_0[~f.corrupted], f.reliability_audio_0[f.corrupted]) for _, f in frames.groupby("run")]
-    row = table.loc["audio corruption", "noise"]
-    assert row.auroc == pytest.approx(np.mean(expected)) and row.reliable + row.unreliable == len(frames) / 2
-    assert row.reading == table.loc["audio nuisance", "all"].reading and np.isfinite(row.baseline)
+    corrupted = read_table(evidence.folder / "corrupted_reliability.parquet").query("modality == 'audio' and severity >= 2 and ok").merge(evidence.truth, on=["trial", "frame"])
+    runs = {run: evidence.predictions(run)[["trial", "frame", "audio_ok", "reliability_audio_0"]] for run in ("sage-0", "sage-1")}
+    free = corrupted[(corrupted.phase == "speak") & (corrupted.audio_nuisance == "")]
+    for kind, frames in (("all", free), *free.groupby("family"), ("with_nuisances", corrupted)):
+        inside = [(f[f.corrupted], f[~f.corrupted]) for _, f in frames.groupby("run")]
+        row = table.loc["audio corruption", kind]
+        pairs = [f.merge(runs[f.run.iloc[0]], on=["trial", "frame"], suffixes=("", "_clean")) for f, _ in inside]  # each frame and itself, clean
+        assert row.auroc == pytest.approx(np.mean([pairs_won(f.reliability_audio_0_clean, f.reliability_audio_0) for f in pairs]))
+        assert row.reliable == row.unreliable == len(pairs[0]) and 0.5 < row.auroc_low < row.auroc < row.auroc_high
+        if kind != "with_nuisances":
+            row = table.loc["audio corruption, within the clip", kind]
+            assert row.auroc == pytest.approx(np.mean([pairs_won(outside.reliability_audio_0, f.reliability_audio_0) for f, outside in inside]))
+            assert (row.reliable, row.unreliable) == (len(inside[0][1]), len(inside[0][0])) and np.isfinite(row.baseline)
+    assert len(free.family.unique()) == 3 and len(corrupted) > len(free)
+    assert table.loc["audio corruption", "all"].auroc != pytest.approx(table.loc["audio corruption, within the clip", "all"].auroc, abs=1e-3)
 
 
-def test_readings_of_a_meter():
-    signals = pd.DataFrame(dict(trial=["a"] * 3 + ["b"] * 2, visual_energy=[1, 2, 6, np.nan, 4], audio_ok=[True, True, False, True, True]))
-    found = energy_readings(signals, "visual")
-    assert found["audio observed"].tolist() == [1, 1, 0, 1, 1] and found["low energy"][:3].tolist() == [-1, -2, -6]
-    assert found["energy near the clip's median"].tolist()[:3] == [-1, 0, -4] and found["mean energy"].tolist()[:3] == [3, 3, 3]
-    assert np.isnan(found["energy"][3]) and found["energy above the clip's median"][4] == 0
+def test_the_meter_sees_the_energy_of_the_corrupted_clip(tmp_path):
+    "Planted: a corruption that moves the energy as the nuisance of dev did is found, one that leaves it as it was is not."
+    simulate_evidence(tmp_path, seeds=[0], trials=6, frames=200, models=["sage"])
+    truth, signals = read_table(tmp_path / "truth.parquet"), read_table(tmp_path / "signals.parquet")
+    side = signals[["trial", "frame"]].merge(truth, how="left").visual_nuisance.fillna("")
+    rng = np.random.default_rng(0)
+    signals["visual_energy"] = np.where(signals.visual_ok, 0.5 - 0.3 * (side != "") + 0.01 * rng.normal(size=len(signals)), np.nan)
+    write_table(tmp_path / "signals.parquet", signals)
+    corrupted = read_table(tmp_path / "corrupted_reliability.parquet")
+    clean = corrupted[["trial", "frame"]].merge(signals, how="left").visual_energy.to_numpy()
+    corrupted["energy"] = clean - 0.3 * (corrupted.corrupted & (corrupted.family == "darkness"))
+    write_table(tmp_path / "corrupted_reliability.parquet", corrupted)
+    table = detection(read_evidence(tmp_path), resamples=20).set_index(["task", "kind"])
+    assert table.baseline["visual nuisance", "all"] > 0.95 and table.baseline["visual corruption", "darkness"] > 0.95
+    assert table.baseline["visual corruption", "blur"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_features_of_a_meter():
+    signals = pd.DataFrame(dict(trial=["a"] * 20 + ["b"] * 2, audio_energy=[*range(20), 4, np.nan], visual_ok=[False] + [True] * 21, audio_ok=[True] * 21 + [False]))
+    found = meter_features(signals, "audio")
+    assert found[:20, 0].tolist() == list(range(20)) and found[:20, 1].tolist() == [i - 9.5 for i in range(20)] and (found[:20, 2] == abs(found[:20, 1])).all()
+    assert found[[0, 7, 19], 3].tolist() == [3.5, 7, 15.5]  # fifteen frames, fewer at the ends of a clip, and none of another clip
+    assert found[20, :4].tolist() == [4, 0, 0, 4] and np.isnan(found[21, 0])
+    assert found[[0, 1], 4].tolist() == [0, 1] and found[[0, 19], 6] == pytest.approx([7 / 8, 1]) and found[20:, 7].tolist() == [0.5, 0.5]
+
+
+def test_a_meter_is_the_logistic_regression_of_its_frames():
+    from scipy.optimize import minimize
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 3)) * [1, 20, 0] + [0, 5, 1]  # one feature tells nothing
+    odds = x[:, 0] - 0.05 * x[:, 1] + 0.8
+    high, used = rng.random(300) < 1 / (1 + np.exp(-odds)), rng.random(300) < 0.8
+    z = np.c_[np.ones(300), (x[:, :2] - x[used, :2].mean(0)) / x[used, :2].std(0)]
+
+    def loss(w):
+        return np.logaddexp(0, np.where(high[used], -1, 1) * (z[used] @ w)).sum() + 0.5 * w @ w
+
+    expected = z @ minimize(loss, np.zeros(3), tol=1e-12).x
+    assert fit_meter(x, high & used, ~high & used)(x) == pytest.approx(expected, abs=1e-4)
+    x[5, 0] = np.nan  # a missing one is nothing out of the ordinary
+    assert np.isfinite(fit_meter(x, high & used, ~high & used)(x)).all()
+    assert fit_meter(x, high, high & False)(x).min() > 0  # one side alone: still finite
 
 
 def test_intervals_of_a_detection_are_those_of_resampled_frames(tmp_path):

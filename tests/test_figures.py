@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from conftest import ROOT, environment
 from sage_nb import figures
 from sage_nb.core import DataError, read_json
-from sage_nb.evaluation import (ABLATIONS, LABELS, ablation, comparison, detection, read_evidence, read_table, reliability_by, simulate_evidence,
+from sage_nb.evaluation import (ABLATIONS, LABELS, VARIANTS, ablation, comparison, detection, read_evidence, read_table, reliability_by, simulate_evidence,
                                 write_table)
 from sage_nb.figures import (BLUE, COLOURS, FAMILIES, PAGE, STYLE, ablation_figure, calibration_figure, choose_clip, choose_swings, clip_figure,
                              comparison_figure, detection_figure, fusion_swings, gallery_figure, plane_figure, reliability_figure, robustness_areas_figure, robustness_figure,
@@ -21,11 +21,6 @@ from sage_nb.robustness import robustness_areas, robustness_curves
 
 NAMES = ["architecture", "training", "comparison", "ablation", "robustness", "robustness_areas", "reliability", "clip", "detection", "calibration",
          "gallery", "plane"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("figures")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,7 +150,7 @@ def test_all_models_fit_and_nothing_is_smaller_than_seven_points():
     assert sorted(label.get_text() for label in labels) == sorted(LABELS.values())
     heads = [text.get_text() for text in figure.axes[0].texts]
     assert heads == [name for name in FAMILIES if name] + [""] and "others" not in heads
-    for figure in (figure, ablation_figure(pd.DataFrame([dict(model=m, changed=c, p=0.5, gain=-0.01, gain_low=-0.02, gain_high=0.0) for m, c in ABLATIONS.items()]))):
+    for figure in (figure, ablation_figure(pd.DataFrame([dict(model=m, changed=c, p=0.5, gain=-0.01, gain_low=-0.02, gain_high=0.0) for m, c in (VARIANTS | ABLATIONS).items()]))):
         figure.draw_without_rendering()
         boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
         assert all(not a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
@@ -180,6 +175,12 @@ def test_markers_say_what_the_corrected_test_said():
     assert len(marks) == len(LABELS) - 1
     assert to_hex(marks[places["GMU"]].get_markerfacecolor()) == to_hex("white") and to_hex(marks[places["LFAN"]].get_markerfacecolor()) != to_hex("white")
     assert marks[places["CAN"]].get_marker() == "s" and "above SAGE, corrected $p$ < .05" in texts(figure)
+    assert "variant, not tested" not in texts(figure)
+    table.loc[table.model == "sage_no_calibration", "p_holm"] = np.nan
+    figure = comparison_figure(table)
+    marks = {round(float(line.get_ydata()[0]), 3): line for line in figure.axes[1].lines if line.get_marker() not in ("None", None, "")}
+    variant = marks[places[LABELS["sage_no_calibration"]]]
+    assert variant.get_marker() == "D" and to_hex(variant.get_markerfacecolor()) == to_hex("white") and "variant, not tested" in texts(figure)
 
 
 def test_ablations_are_drawn_where_the_table_has_them(evidence):
@@ -206,7 +207,7 @@ def test_robustness_curves_and_areas(evidence):
     assert line.get_ydata() == pytest.approx(own.p.to_numpy()) and len(panel.lines) == len(models)
     tinted = {panel.get_title() for panel in panels if to_hex(panel.get_facecolor()) != to_hex("white")}
     assert len(tinted) == curves[curves.seen][["family", "modality"]].drop_duplicates().shape[0]
-    assert "1 other models" in texts(figure) and "in the augmentation" in texts(figure)
+    assert "1 other models" in texts(figure) and "training contains it" in texts(figure)
 
     figure = robustness_areas_figure(curves, models)
     picture = figure.axes[0].images[0].get_array()

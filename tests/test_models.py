@@ -4,7 +4,7 @@ import pytest
 import torch
 from sage_nb.baselines import build_model
 from sage_nb.core import DataError
-from sage_nb.interaction import Estimator, Head
+from sage_nb.interaction import Estimator, Head, InteractionStep
 from sage_nb.losses import va_loss
 from sage_nb.windows import collate, made_up_sequences
 
@@ -305,8 +305,8 @@ def test_what_a_branch_watches():
     assert blind.branch.watches_states and blind(**given).reliability[given["visual_ok"]][:, 0].std() > 0
 
 
-def test_conformal_intervals_count_videos_not_frames():
-    "One long video with large errors must not widen the interval as if it were many."
+def test_conformal_intervals_count_people_not_frames():
+    "One person who is filmed for long with large errors must not widen the interval as if it were many; nine of one person are one."
     model = model_of("sage")
     given = inputs(frames=60, windows=10)
     with torch.no_grad():
@@ -315,8 +315,55 @@ def test_conformal_intervals_count_videos_not_frames():
     noise[0] = 0.9
     valid = torch.ones(10, 60, dtype=torch.bool)
     valid[1:, 6:] = False  # nine short videos, one long
-    model.calibrate_output([output], [output.va + noise], [valid])
+    one_each = [f"person {i}" for i in range(10)]
+    model.calibrate_output([output], [output.va + noise], [valid], [one_each])
     with torch.no_grad():
         width = model(**given | dict(visual_ok=None, audio_ok=None)).half_width
     covered = (noise <= width + 1e-6)[valid]
     assert covered.float().mean() > 0.4 and (noise[1:] <= width[1:] + 1e-6)[valid[1:]].all()
+    model.calibrate_output([output], [output.va + noise], [valid], [["the long one"] + ["one person in nine videos"] * 9])
+    assert (model.quantile * (output.log_var / 2).exp() > 0.89).all(-1)[0].any()  # now half of the people err that much
+
+
+def test_labels_that_do_not_count_may_be_nan():
+    model, given = model_of("sage"), inputs()
+    with torch.no_grad():
+        output = model(**given)
+    va, valid = torch.rand_like(output.va) - 0.5, given["mask"] & (torch.arange(output.va.shape[1]) % 3 > 0)
+    found = []
+    for filler in (0.0, torch.nan):
+        model.calibrate([output], [torch.where(valid[..., None], va, filler)], [valid])
+        model.calibrate_output([output], [torch.where(valid[..., None], va, filler)], [valid], [["a", "b", "c", "d"][: len(va)]])
+        found.append({k: v.clone() for k, v in model.state_dict().items()})
+    assert all(v.isfinite().all() and torch.equal(v, found[0][k]) for k, v in found[1].items())
+
+
+def test_alone_an_estimate_speaks_at_its_own_gain():
+    "Where a modality is missing throughout, and nowhere else, the estimate is scaled; the gain is the one that concords best."
+    model, given = model_of("sage"), inputs()
+    given["visual_ok"][0] = False
+    with torch.no_grad():
+        before = model(**given).va
+        truth, valid = torch.tanh(2 * torch.atanh(before)), given["mask"].clone()
+        model.calibrate_alone(0, [model(**given)], [truth], [valid])
+        after = model(**given).va
+    torch.testing.assert_close(model.alone[0], torch.full((2,), 2.0), rtol=0.06, atol=0)
+    torch.testing.assert_close(after[0], torch.tanh(model.alone[0] * torch.atanh(before[0])))
+    assert torch.equal(after[1:], before[1:]) and (model.alone[1] == 1).all()
+
+
+def test_a_trust_that_is_low_throughout_does_not_cancel_in_the_memory():
+    step = InteractionStep((6, 4)).eval()
+    states, much = [torch.randn(1, 60, 6), torch.randn(1, 60, 4)], torch.ones(1, 60, 2)
+    with torch.no_grad():
+        step.recall.weight[:, 2 * step.dim :: 2 * step.dim + 2] = 0  # amounts are known and may be used; here only what was said counts
+        step.recall.weight[:, 2 * step.dim + 1 :: 2 * step.dim + 2] = 0
+        step.recall.bias.zero_()
+        moved = [(a - b).norm() for a, b in zip(step(states, much), states)]
+        moved_less = [(a - b).norm() for a, b in zip(step(states, 0.1 * much), states)]
+    assert all(less < 0.15 * more for less, more in zip(moved_less, moved))
+
+
+def test_the_mean_over_a_window_cannot_be_causal():
+    with pytest.raises(DataError, match="constant is a mean over the whole window"):
+        model_of("sage", causal=True, reliability="constant")

@@ -22,7 +22,7 @@ from sage_nb.suite import encode_corrupted
 from sage_nb.training import load_run, model_arrays, predict_sequences
 
 FPS, COUNT = 25, 110
-OWNER = np.array(list(CUE_OWNERS))
+OWNER = np.array(list(CUE_OWNERS.lower()))
 SUMS = [f"{name}_{axis}" for axis in ("valence", "arousal") for name in ("n", "x", "y", "xx", "yy", "xy")]
 MEDIA = [(name, s) for name, about in FAMILIES.items() if about.level == "media" for s in (1, 2, 3)]
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from sage_nb.core import DataError, write_json
-from sage_nb.evaluation import LABELS, comparison, read_evidence, read_table, simulate_evidence
+from sage_nb.evaluation import LABELS, comparison, read_evidence, read_table, simulate_evidence, variant_differences, write_table
 from sage_nb.robustness import robustness_curves
 from sage_nb.tables import claims, comparison_criteria, control_criteria, latex, published, robustness_table, write_replication, write_tables
 
@@ -78,10 +78,10 @@ def test_shown_numbers_are_those_of_the_csv(folder, tables):
 
 
 def test_captions_name_what_a_score_depends_on(folder, tables):
-    said = {"comparison": ["all labelled frames of the set concatenated", "bootstrap", "200 draws", "Holm", "SAGE alone has further loss terms", "calibration subjects",
-                           LABELS["concat_readouts"], "table of ablations"],
+    said = {"comparison": ["all labelled frames of the set concatenated", "bootstrap", "200 draws", "Holm", "it alone has the known order", "alone uses the calibration subjects",
+                           LABELS["concat_readouts"], LABELS["poe"], LABELS["cold"], LABELS["sage_no_calibration"], "not a baseline", "table of ablations"],
             "conventions": ["chosen for each model on dev", "No number of this table is comparable"], "ablation": ["seeds that both were trained with"],
-            "calibration": ["conformal", "5 bins", "100 draws"], "detection": ["chosen on dev", "while the subject speaks"],
+            "calibration": ["conformal", "5 bins", "100 draws"], "detection": ["logistic regression", "fitted for each question on the truth of dev", "while the subject speaks", "the same frames of the clean video"],
             "robustness": ["audio missing, babble, blur, clipping, noise, occlusion, visual missing"], "robustness_losses": ["Loss: P without corruption less P with it"]}
     for name, parts in said.items():
         for end in (".md", ".tex"):
@@ -117,7 +117,9 @@ def test_provenance_names_the_runs_behind_a_difference(folder, tables, evidence)
     of = cells["comparison"]["concat, equal"]
     assert of["p"]["runs"] == ["concat-0", "concat-1"] and of["p"]["seeds"] == [0, 1] and cells["comparison"]["best constant, reference"]["p"]["runs"] == []
     assert of["sage_gain"]["runs"] == of["p_value"]["runs"] == ["concat-0", "concat-1", "sage-0", "sage-1"]
-    assert set(of["p_holm"]["runs"]) == set(of["verdict"]["runs"]) == set(evidence.runs.run[evidence.runs.kind == "comparison"])
+    assert set(of["p_holm"]["runs"]) == set(of["verdict"]["runs"]) == set(evidence.runs.run[(evidence.runs.kind == "comparison") & (evidence.runs.model != "sage_no_calibration")])
+    assert cells["comparison"]["sage_no_calibration, equal"]["p_holm"]["runs"] == ["sage_no_calibration-0", "sage_no_calibration-1"]
+    assert cells["ablation"]["sage_no_calibration"]["gain"]["runs"] == ["sage-0", "sage-1", "sage_no_calibration-0", "sage_no_calibration-1"]
     assert cells["ablation"]["steps_0"]["gain"]["runs"] == ["sage-0", "sage-1", "steps_0-0", "steps_0-1"]
     assert cells["ablation"]["steps_0"]["p"]["runs"] == ["steps_0-0", "steps_0-1"]
     assert cells["robustness"]["late"]["blur"]["runs"] == ["late-0", "late-1"]
@@ -143,7 +145,7 @@ def test_robustness_against_the_sums(tables, evidence):
     assert table.clean["late"] == pytest.approx(clean) and table.blur["late"] == pytest.approx(areas["blur"])
     assert table.seen["late"] == pytest.approx(np.mean([a for f, a in areas.items() if f not in UNSEEN]))
     assert table.unseen["late"] == pytest.approx(np.mean([areas[f] for f in UNSEEN]))
-    assert list(table.index[-3:]) == ["sage", "no_reliability", "steps_0"] and len(table.columns) == 4 + 10
+    assert list(table.index[-4:]) == ["sage", "sage_no_calibration", "no_reliability", "steps_0"] and len(table.columns) == 4 + 10
     assert robustness_table(evidence).equals(tables["robustness"]) and robustness_curves(evidence).severity.max() == 3
 
 
@@ -181,9 +183,16 @@ def test_criteria_are_met_and_missed_by_their_numbers(tables):
     assert not criterion(claims(compared, detected, calibrated, worse, missing), "conditions in which").met
     lost = missing.assign(difference=[-0.031, -0.029])
     assert [row.met for row in claims(compared, detected, calibrated, losses, lost).itertuples() if " without " in row.criterion] == [False, True]
-    low = detected.assign(auroc=[0.75] * len(detected), gain=[-0.01] * len(detected))
-    assert [row.met for row in claims(compared, low, calibrated, losses, missing).itertuples() if row.criterion.startswith("AUROC of reliability, ")] == [False, False, True]
-    assert not any(row.met for row in claims(compared, low, calibrated, losses, missing).itertuples() if row.criterion.startswith("AUROC of reliability less"))
+    low = detected.assign(auroc=0.75, gain=-0.01)
+    met = {row.criterion.removeprefix("AUROC of reliability, "): row.met for row in claims(compared, low, calibrated, losses, missing).itertuples()
+           if row.criterion.startswith("AUROC of reliability, ")}
+    assert met == {"the sample's own visual nuisances": False, "the sample's own audio nuisances": False, "own voice": True,
+                   "visual corruption of severity ≥ 2 from the clean video": False, "audio corruption of severity ≥ 2 from the clean video": False}
+    below = [row.met for row in claims(compared, low, calibrated, losses, missing).itertuples() if row.criterion.startswith("AUROC of reliability less")]
+    assert len(below) == 5 and not any(below)
+    planted = detected.assign(auroc=0.9, gain=0.1).assign(auroc=lambda t: t.auroc.where((t.task != "audio corruption") | (t.kind != "all"), 0.79))  # the pooled row decides
+    assert [row.criterion for row in claims(compared, planted, calibrated, losses, missing).itertuples() if row.criterion.startswith("AUROC") and not row.met] == [
+        "AUROC of reliability, audio corruption of severity ≥ 2 from the clean video"]
     planted = calibrated.assign(ence_after=0.16, ence_before=0.15, coverage_after_low=0.85, coverage_after_high=0.899)
     assert not any(row.met for row in claims(compared, detected, planted, losses, missing).itertuples() if row.criterion.startswith(("ENCE", "coverage")))
     planted = calibrated.assign(ence_after=0.15, ence_before=0.15, coverage_after_low=0.85, coverage_after_high=0.9)
@@ -269,3 +278,37 @@ def test_a_replication_of_nothing_is_refused(folder, tmp_path):
 def test_latex_escapes():
     text = latex(pd.DataFrame({"a_b": ["50 %"], "c": ["x & y"], "d": ["**−1 < 2**"]}), "≥ 1 #", "t")
     assert r"a\_b & c & d" in text and r"50 \% & x \& y & \textbf{$-$1 $<$ 2}" in text and r"\caption{$\geq$ 1 \#}" in text
+
+
+def test_a_variant_counts_in_no_criterion_and_has_lines_for_comparison(folder, tables, evidence):
+    compared, found = tables["comparison"], tables["claims"]
+    planted = compared.assign(sage_gain=compared.sage_gain.where(compared.model != "sage_no_calibration", -0.3))
+    assert comparison_criteria(planted) == comparison_criteria(compared)
+    lines = found[found.criterion.str.startswith("for comparison: P of SAGE without calibration subjects less that of ")]
+    differences = variant_differences(evidence, ["concat", "concat_wide", "concat_readouts"], resamples=200)
+    assert lines[["measured", "low", "high"]].to_numpy() == pytest.approx(differences[["difference", "low", "high"]].to_numpy())
+    assert lines.met.isna().all() and (lines.wanted == "–").all() and found.met[~found.index.isin(lines.index)].notna().all()
+    shown = [row for row in markdown_of(folder / "tables/claims")[2:] if row[0].startswith("for comparison")]
+    assert [row[1] for row in shown] == ["–"] * 3 and {row["met"] for row in rows_of(folder / "tables/claims")} == {"True", "False", ""}
+
+
+def test_published_results_are_the_confirmed_ones(root):
+    "Every confirmed row of the list of sources, with its decimals, and no other."
+    confirmed = {(row["year"], row["set"], *(row[f"ccc_{name}"] or "–" for name in ("valence", "arousal", "mean"))) for row in rows_of(root / "tests/published")
+                 if row["confirmed"] == "yes"}
+    shown = {(row["year"], part, *(row[f"{part} {name}"] for name in ("valence", "arousal", "mean"))) for row in published().to_dict("records")
+             for part in ("validation", "test") if row[f"{part} mean"] != "–"}
+    assert shown == confirmed and len(confirmed) == 15
+
+
+def test_provenance_of_the_suite_names_the_seeds_that_it_was_asked_of(tmp_path):
+    simulate_evidence(tmp_path / "evidence", seeds=[0, 1], trials=6, frames=200, models=["visual", "audio", "concat", "sage"])
+    for name in ("robustness", "corrupted_reliability"):
+        table = read_table(tmp_path / f"evidence/{name}.parquet")
+        write_table(tmp_path / f"evidence/{name}.parquet", table[table.run.str.endswith("-0")])
+    write_tables(tmp_path / "evidence", tmp_path / "tables", resamples=100)
+    cells = {name: json.loads((tmp_path / f"tables/{name}.provenance.json").read_text())["cells"] for name in ("robustness", "robustness_losses", "robustness_missing", "detection")}
+    assert cells["robustness"]["concat"]["blur"]["runs"] == ["concat-0"] and cells["robustness_missing"]["audio"]["p"]["runs"] == ["visual-0", "sage-0"]
+    assert {tuple(row["loss"]["runs"]) for row in cells["robustness_losses"].values()} == {("concat-0", "sage-0")}
+    seeds = {key: row["auroc"]["seeds"] for key, row in cells["detection"].items()}
+    assert {tuple(value) for key, value in seeds.items() if "corruption" in key} == {(0,)} and seeds["own voice, all"] == [0, 1]
