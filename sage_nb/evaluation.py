@@ -293,15 +293,15 @@ LABELS = {  # names of models for people, in the order of tables and figures
     "raav": "RAAV", "sage": "SAGE", "sage_no_calibration": "SAGE without calibration subjects"}
 REFERENCES = ("best constant", "each video's true mean")
 ORDER = (*REFERENCES, *LABELS)  # of models, in tables and figures
-VARIANTS = {"sage_no_calibration": "no calibration subjects, so no frozen final phase"}  # label -> what is changed in SAGE, in the comparison itself
+VARIANTS = {"sage_no_calibration": "no calibration subjects: no calibration, refinement or gain alone, no frozen final phase"}  # label -> what is changed in SAGE, in the comparison itself
 ABLATIONS = {  # label -> what is changed in SAGE, with all that follows from it
     "no_reliability": "no reliability: equal trust everywhere",
     "shared_stages": "reliability shared over stages",
     "constant_time": "reliability constant over time",
-    "calibrate_after": "calibration after training, so no frozen final phase",
+    "calibrate_after": "refinement and calibration after training, so no frozen final phase",
     "no_refinement": "no refinement of the branch on corrupted copies",
     "coupled_gradient": "branch's gradient into the representation",
-    "states_watched": "branch reads states too, so trust cannot scale the input",
+    "states_watched": "branch reads states too",
     "no_ordinal": "no ordinal term",
     "no_known_order": "no term of the known order",
     "no_augmentation": "no augmentation: no copies, so no known order",

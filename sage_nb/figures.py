@@ -297,7 +297,7 @@ def architecture_figure() -> Figure:
     middle, tall = (high + low) / 2, high - low + 0.54
     centre, inward = (upper + lower) / 2, {high: -1, low: 1}
     rows = {"visual": (high, upper, 0.64, "#CFEBE1", "v"), "audio": (low, lower, 0.58, "#F5E1EC", "a")}
-    states, (one, two, three), bus = (2.42, 4.18), (1.38, 3.14, 5.20), 1.38  # x of the states and of where trust acts; y of the line that leads there
+    states, (gate, fuse), bus = (2.42, 4.18), (3.14, 5.20), 1.38  # x of the states and of where trust acts; y of the line that leads there
     box(0.06, centre, 6.98, 0.98, face="#FFF9F4", edge="#F0C9AE")
     for s, x in enumerate(states):
         box(x - 0.06, middle, 0.52, tall, f"stage {s}", face="#F7F7F7", edge="0.7")
@@ -306,7 +306,7 @@ def architecture_figure() -> Figure:
     say(3.52, high + 0.17, "interaction step")
     box(4.82, middle, 0.76, tall)
     for y, text in ((high - 0.03, "scaled\nconcatenation"), (2.92, r"$\Sigma_s W_{v,s}\, x_v^s$"), (2.60, r"$\Sigma_s W_{a,s}\, x_a^s$"), (2.28, "$W$")):
-        say(three, y, text)
+        say(fuse, y, text)
     for modality, (y, level, aside, colour, letter) in rows.items():
         box(0.06, y, 0.44, 0.46, {"visual": "face\ncrops", "audio": "sound"}[modality])
         box(0.74, y, 0.54, 0.46, f"{modality}\nencoder,\nfrozen", face="0.92")
@@ -318,14 +318,13 @@ def architecture_figure() -> Figure:
         arrow((3.40, y), (3.40, middle - 0.18 * inward[y]))
         arrow((3.81, middle), (3.90, middle), (3.90, y + 0.055 * inward[y]))
         node(3.90, y, "+")
-        node(1.53, y, "x", trust)
         node(3.40, y + 0.19 * inward[y], "x", trust)
         canvas.plot(aside, y, "o", color="0.2", ms=2.4, zorder=4)
         arrow((aside, y), (aside, level), (0.78, level))
         arrow((1.58, level), (1.84, level))
         arrow((2.54, level), (2.82, level))
         box(0.78, level, 0.80, 0.36, f"{modality} cues,\nok flag", face=colour)
-    arrow((2.62, middle + tall / 2), (2.62, 3.84), (three, 3.84), (three, middle + tall / 2))
+    arrow((2.62, middle + tall / 2), (2.62, 3.84), (fuse, 3.84), (fuse, middle + tall / 2))
     say(3.52, 3.87, "the states of both stages are kept", va="bottom")
 
     # the estimate, its variance and its interval
@@ -360,15 +359,14 @@ def architecture_figure() -> Figure:
     say(4.80, lower, "reported with\nthe estimate", ha="left")
     say(7.02, 1.46, "reliability, estimated apart\nfrom the representation", ha="right", color=trust)
 
-    # and trust back to the representation, where it acts three times
-    canvas.plot([4.90, 4.90, two], [upper + 0.18, bus, bus], color=trust, lw=0.9, zorder=3)
-    for y, start in ((high, [(two, bus), (one, bus)]), (low, [])):
-        arrow(*start, (one, y - 0.22), (1.53, y - 0.22), (1.53, y - 0.06), colour=trust, stopped=True)
-        arrow(*start[:1], (two, y + 0.19 * inward[y]), (3.34, y + 0.19 * inward[y]), colour=trust)
-    canvas.plot([one, two, two], [low - 0.22, bus, low + 0.19], "o", color=trust, ms=2.4, zorder=4)
-    arrow((three, upper + 0.18), (three, middle - tall / 2), colour=trust)
+    # and trust back to interaction and fusion, where it acts
+    canvas.plot([4.90, 4.90, gate], [upper + 0.18, bus, bus], color=trust, lw=0.9, zorder=3)
+    for y in (high, low):
+        arrow((gate, bus), (gate, y + 0.19 * inward[y]), (3.34, y + 0.19 * inward[y]), colour=trust)
+    canvas.plot([gate], [low + 0.19], "o", color=trust, ms=2.4, zorder=4)
+    arrow((fuse, upper + 0.18), (fuse, middle - tall / 2), colour=trust)
     say(5.84, 1.12, "trust scales", ha="left")
-    for number, x, y, text, below in (("1", one, middle, "features", 0.93), ("2", two, middle, "messages, memory", 0.74), ("3", three, 1.62, "states, as weights", 0.55)):
+    for number, x, y, text, below in (("1", gate, middle, "messages, memory", 0.90), ("2", fuse, 1.62, "states, as weights", 0.71)):
         place(x, y, number)
         place(5.90, below, number)
         say(6.01, below, text, ha="left")
@@ -828,7 +826,7 @@ def write_figures(
         figures[name] = figure, caption, cells
 
     add("architecture", architecture_figure(), "SAGE as reconstructed here, with one interaction step, its default. Each modality's judge reads "
-        "the cues about it and no state; trust acts at three places. Dashed: no gradient. Not drawn: the front end reads the cues too. Drawn by code; no data.",
+        "the cues about it and no state; trust acts at two places. Dashed: no gradient. Not drawn: the front end reads the cues too. Drawn by code; no data.",
         {"drawing": {"all": cell("figures", found.runs.head(0))}})
     add("training", training_figure(found), f"Training loss and dev score by epoch, {configuration} configuration, mean and range over seeds; early stopping "
         f"and selection on {found.about['selection']}. Dots: the epoch that each seed kept. Losses of different models have different terms.",

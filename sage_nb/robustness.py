@@ -206,7 +206,7 @@ def missing_differences(
     model: str = "sage",
     resamples: int = 2000,
     seed: int = 0,  # of the draws
-) -> pd.DataFrame:  # missing, alone (the model of the other modality), p, p_alone, difference (p - p_alone), low, high
+) -> pd.DataFrame:  # model, missing, alone (the model of the other modality), p, p_alone, difference (p - p_alone), low, high
     "A model without one modality against the model of the other alone, on the same input. What the evidence lacks gives no row."
     table = read_table(evidence.folder / "robustness.parquet")
     rows = []
@@ -214,5 +214,5 @@ def missing_differences(
         parts = [table[(table.family == f"{missing}_missing") & (table.severity == 3) & (table.model == name)] for name in (model, alone)]
         if all(map(len, parts)):
             p, p_alone = (_resampled(part, resamples, seed) for part in parts)
-            rows.append(dict(missing=missing, alone=alone, p=p[0], p_alone=p_alone[0]) | _with_interval(p - p_alone))
-    return pd.DataFrame(rows, columns=["missing", "alone", "p", "p_alone", "difference", "low", "high"])
+            rows.append(dict(model=model, missing=missing, alone=alone, p=p[0], p_alone=p_alone[0]) | _with_interval(p - p_alone))
+    return pd.DataFrame(rows, columns=["model", "missing", "alone", "p", "p_alone", "difference", "low", "high"])

@@ -100,6 +100,7 @@ class SAGE(Estimator, name="sage"):
         "Fit the input standardisation and the label's variance on the training set."
         super().fit_statistics(sequences)
         self.branch.label_variance.copy_(label_variance(sequences))
+        self.alone.fill_(1.0)  # a model may be fitted again
 
     def judge(self, cues: Tensor, ok: Tensor, mask: Tensor, states: list[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
         "Log variances [B,T,M,S,2] before calibration, reliability [B,T,M,S], and evidence centred and as the switch `reliability` wants it."
@@ -224,9 +225,10 @@ class SAGE(Estimator, name="sage"):
         self.alone[missing] = gains[ccc.argmax(0)]
 
     def finish(self) -> None:
-        "Freeze all that trust depends on or acts on: representation, interaction, readouts, branch and confidence; head and variance finish on calibrated weights."
+        """Freeze all that trust depends on or acts on: representation, interaction, readouts, branch and confidence; head and variance finish on
+        calibrated weights. Without a head there is only confidence to finish."""
         self.finishing = True
-        for part in (self.front, self.interaction, self.readouts, self.branch, self.confidence):
+        for part in (self.front, self.interaction, self.readouts, self.branch, *([self.confidence] if self.fusion != "decision" else [])):
             part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> SAGE:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import MODALITIES, DataError, read_json, write_text
-from .evaluation import (LABELS, Evidence, ablation, calibration, cell, comparison, describe, detection, is_variant, model_keys,
+from .evaluation import (LABELS, VARIANTS, Evidence, ablation, calibration, cell, comparison, describe, detection, is_variant, model_keys,
                                 read_evidence, read_table, reliability_by, variant_differences, write_provenance)
 from .robustness import loss_differences, missing_differences, robustness_areas, robustness_curves
 
@@ -128,8 +128,8 @@ def comparison_caption(
             f"Loss terms beside it are each method's own: the error of readouts (“{LABELS['concat_readouts']}”), the experts' likelihood ({LABELS['poe']}), their "
             f"error and its order ({LABELS['cold']}); SAGE has the error, likelihood and order of its readouts and the likelihood of its own variance, and it alone has "
             "the known order of what was corrupted on purpose and alone uses the calibration subjects, after which its representation is frozen. So its difference to the "
-            f"concatenation is that of the whole method, not of fusion alone. “{LABELS['sage_no_calibration']}”: SAGE that has never seen them, and so learns from what "
-            "the baselines learn from; a variant, not a baseline, and in no test. The known order has a row of its own, and what each further ingredient adds another, in the table of ablations. "
+            f"concatenation is that of the whole method, not of fusion alone. “{LABELS['sage_no_calibration']}”: SAGE that has never seen them: it learns from the "
+            "people that the baselines learn from; a variant, not a baseline, and in no test. The known order has a row of its own, and what each further ingredient adds another, in the table of ablations. "
             "Reference rows use the labels themselves: every constant has a CCC of 0, and each video's true mean is an oracle.")
 
 
@@ -189,7 +189,7 @@ def ablation_texts(
 
 def ablation_caption(evidence: Evidence, resamples: int) -> str:
     "What `ablation` shows."
-    return (f"What each part of SAGE is worth: every row changes one thing and names what follows from it. {_convention(evidence)} Row − SAGE: difference of P over the seeds that both were "
+    return (f"What each part of SAGE is worth: every row changes one thing, or names all that it changes. {_convention(evidence)} Row − SAGE: difference of P over the seeds that both were "
             f"trained with, 95 % percentile bootstrap over groups, {resamples} draws, not corrected for the number of rows. AUROC: reliability at stage 0, frames free of "
             "the modality's nuisances against frames under them (sound: while the subject speaks). ENCE: of the estimate, 5 bins, mean of both axes.")
 
@@ -342,7 +342,8 @@ def robustness_caption(evidence: Evidence) -> str:
     curves = robustness_curves(evidence)
     seen = ", ".join(sorted(family.replace("_", " ") for family in curves.family[curves.seen].unique()))
     return (f"P under corruption. {_convention(evidence)} Clean: without corruption. Each family: mean of P over severities 0 (clean) to 3, the area under its curve; seen, "
-            f"unseen: mean over the families that training contains ({seen}) and over those that it does not.")
+            f"unseen: mean over the families that training contains ({seen}) and over those that it does not. “{LABELS['sage_no_calibration']}” shows what the calibration "
+            "subjects give SAGE, above all the gain by which it scales its estimate where a modality is missing throughout.")
 
 
 LOSS = 0.05  # what the concatenation must lose for a condition to count
@@ -361,21 +362,21 @@ def losses_caption(evidence: Evidence, resamples: int) -> str:
     "What `robustness_losses` shows."
     return (f"How much of P corruption takes from the concatenation and from SAGE. {_convention(evidence)} Loss: P without corruption less P with it. Difference: loss of the concatenation "
             f"less loss of SAGE; positive where SAGE keeps more; 95 % percentile bootstrap over groups, {resamples} draws, the same for all four scores. “all”: mean over families; "
-            "“mean”: over severities.")
+            "“mean”: over severities. Where a modality is missing throughout (its severity 3), SAGE alone scales its estimate, by a gain found on the calibration subjects.")
 
 
 def missing_texts(
     table: pd.DataFrame,  # from `robustness.missing_differences`
 ) -> pd.DataFrame:
     "Formatted cells."
-    return pd.DataFrame({"missing": table.missing, "against": [model_label(name) for name in table.alone], "P of SAGE": table.p.map(number), "P alone": table.p_alone.map(number),
+    return pd.DataFrame({"model": table.model.map(model_label), "missing": table.missing, "against": [model_label(name) for name in table.alone], "P": table.p.map(number), "P alone": table.p_alone.map(number),
                          "difference": [f"{number(d)} {interval(low, high)}" for d, low, high in zip(table.difference, table.low, table.high)]}, dtype=object)
 
 
 def missing_caption(evidence: Evidence, resamples: int) -> str:
     "What `robustness_missing` shows."
     return (f"SAGE without one modality from end to end of every trial, against the model of the other one alone. {_convention(evidence)} Difference with its 95 % percentile bootstrap over "
-            f"groups, {resamples} draws.")
+            f"groups, {resamples} draws. SAGE alone scales its estimate there, by a gain found on the calibration subjects; “{LABELS['sage_no_calibration']}” does not.")
 
 # %% ../nbs/19_tables.ipynb #a8b1b336
 def _criterion(criterion: str, value: float, wanted: str, met: bool | None, low: float = np.nan, high: float = np.nan) -> dict:
@@ -439,7 +440,7 @@ def claims(
     if len(losses):
         share = (cells.low > 0).sum()
         add(f"conditions in which SAGE loses less, of {len(cells)} in which the concatenation loses {LOSS} or more (interval excludes 0)", share, f"{len(cells)}", share == len(cells))
-    for row in missing.itertuples():
+    for row in missing[missing.model == "sage"].itertuples() if len(missing) else ():
         add(f"P of SAGE without {row.missing} less that of {model_label(row.alone)}", row.difference, "≥ −0.03", row.difference >= -0.03, row.low, row.high)
     for row in detected[(detected.kind == "all") & detected.task.isin(QUESTIONS)].itertuples():
         what, least = QUESTIONS[row.task]
@@ -524,13 +525,14 @@ def write_tables(
     publish("detection", detected, detection_texts(detected), detection_caption(found, few),
             lambda row, column: (tested if "corruption" in row.task else runs_of)("sage"), ["task", "kind"])
     publish("reliability", means, reliability_texts(means), reliability_caption(found), keys=["kind", "name"])
-    losses = missing = pd.DataFrame(columns=["family", "severity", "loss_other"])
+    losses = missing = pd.DataFrame(columns=["family", "severity", "loss_other", "model"])
     if suite.is_file():
         table = robustness_table(found)
         publish("robustness", table, robustness_texts(table), robustness_caption(found), lambda row, column: tested(row.model), ["model"])
-        losses, missing = loss_differences(found, resamples=resamples, seed=seed), missing_differences(found, resamples=resamples, seed=seed)
+        losses, missing = loss_differences(found, resamples=resamples, seed=seed), pd.concat(
+            [missing_differences(found, model, resamples, seed) for model in ("sage", *VARIANTS)], ignore_index=True)
         publish("robustness_losses", losses, losses_texts(losses), losses_caption(found, resamples), lambda row, column: tested("concat", "sage"), ["family", "seen", "severity"], 4)
-        publish("robustness_missing", missing, missing_texts(missing), missing_caption(found, resamples), lambda row, column: tested(row.alone, "sage"), ["missing"])
+        publish("robustness_missing", missing, missing_texts(missing), missing_caption(found, resamples), lambda row, column: tested(row.alone, row.model), ["model", "missing"])
     bars = []
     if bench is not None and Path(bench).is_file():
         record = read_json(bench)

@@ -235,6 +235,8 @@ def fit(
             raise DataError(f"fit: no labelled frame in {name}; give sequences with labels")
     if calibration is None:
         val, calibration = _split_off(val)
+    if model.calibrates and settings.calibrate != "never" and not any(s.valid.any() for s in calibration):
+        raise DataError("fit: no labelled frame in calibration; give sequences with labels, or calibrate='never'")
     run_dir = None if run_dir is None else Path(run_dir)
     fingerprint = value_hash([model.recipe, asdict(settings), seed, data_hash(train, val, calibration)])
     if run_dir and (run_dir / "run.json").is_file() and read_json(run_dir / "run.json")["fingerprint"] == fingerprint:

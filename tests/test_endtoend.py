@@ -20,8 +20,8 @@ SMALL = dict(prepare=dict(dev_groups=2, calibration_groups=2), pretrain=dict(vis
              conditions=dict(seeds=[0], epochs=1), evaluate=dict(robustness_seeds=[0]), tables=dict(resamples=50), figures=dict(resamples=50),
              replicate=dict(dev_groups=1, calibration_groups=1, visual_steps=5, audio_steps=5, epochs=1, seeds=[0], corpora=dict(control=dict(
                  sample=dict(seed=2, nuisances=False, seconds=[3, 3.5], subjects=dict(pretrain=1, train=4, validation=2, test=1)), models=dict(concat={}, sage={})))),
-             verdict=dict(resamples=50))
-KEPT = dict(models=["visual", "audio", "concat", "sage"], ablations=["no_reliability", "no_calibration"])
+             verdict=dict(resamples=50), tune=dict(epochs=1, models=["concat", "sage"], grid=dict(as_it_is={}), further=dict(sage=dict(two_steps=dict(options=dict(steps=2))))))
+KEPT = dict(models=["visual", "audio", "concat", "sage", "sage_no_calibration"], ablations=["no_reliability"])
 
 ONE_CORE = ["taskset", "-c", str(min(os.sched_getaffinity(0)))] if shutil.which("taskset") else []
 
@@ -66,7 +66,7 @@ def test_from_raw_video_to_tables_and_figures_and_again(scratch):
     assert list(rows[0])[:9] == ["model", "configuration", "seeds", "ccc_valence", "ccc_arousal", "p", "p_std", "p_low", "p_high"]
     assert set(KEPT["models"]) < {row["model"] for row in rows} and {row["seeds"] for row in rows if row["model"] == "sage"} == {"2"}
     rows = list(csv.DictReader((scratch / "results/tables/ablation.csv").open()))
-    assert [(row["model"], row["seeds"]) for row in rows] == [("sage", "2"), *((label, "1") for label in KEPT["ablations"])]
+    assert [(row["model"], row["seeds"]) for row in rows] == [("sage", "2"), ("sage_no_calibration", "2"), ("no_reliability", "1")]
     rows = list(csv.DictReader((scratch / "results/tables/robustness.csv").open()))
     assert {row["model"] for row in rows} == set(KEPT["models"])
     stages = read_stages(scratch, read_params(scratch)["paths"])
@@ -112,3 +112,10 @@ def test_the_replication_makes_its_corpora_and_judges_them(scratch):
     assert [row["criterion"] for row in rows["verdicts"]] == ["P of SAGE less that of concatenation", "verdict: criteria that are met"]
     about = json.loads((scratch / "results/replication/verdicts.provenance.json").read_text())
     assert set(about["stages"]) == {"replicate", "verdict"} and "sample.py" in about["stages"]["replicate"]["code"] and "results/replication/verdicts.md" in said
+
+
+def test_the_search_has_a_row_a_model_and_takes_its_best(scratch):
+    make(scratch, "tune", *ONE_CORE)
+    rows = list(csv.DictReader((scratch / "results/tuning/tuning.csv").open()))
+    assert [row["model"] for row in rows] == ["concat", "sage"] and rows[0]["two_steps"] == "" and rows[0]["best"] == "as_it_is"
+    assert rows[1]["best"] == max(("as_it_is", "two_steps"), key=lambda cell: float(rows[1][cell]))

@@ -184,13 +184,12 @@ def test_the_suite_corrupts_what_is_evaluated():
 
 
 def test_the_replication_differs_from_the_pipeline_in_its_corpora_alone(stages):
-    assert [name for name, stage in stages.items() if stage["apart"]] == ["replicate", "verdict"]
-    assert not any(out in dep for name in ("replicate", "verdict") for out in stages[name]["outs"]
-                   for other, stage in stages.items() if other not in ("replicate", "verdict") for dep in stage["deps"])
+    assert [name for name, stage in stages.items() if stage["apart"]] == (apart := ["replicate", "verdict", "tune"])
+    assert not any(out in dep for name in apart for out in stages[name]["outs"] for other, stage in stages.items() if other not in apart for dep in stage["deps"])
     params = read_params(ROOT)
     own, train = params["replicate"], params["train"]
     corpora, expected = own["corpora"], params["prepare"] | params["pretrain"] | params["encode"]
-    expected |= dict(epochs=train["epochs"], selection=train["selection"], split=params["evaluate"]["split"], seeds=[0, 1, 2, 3, 4], corpora=corpora)
+    expected |= dict(epochs=train["epochs"], selection=train["selection"], split=params["evaluate"]["split"], seeds=train["seeds"][:3], corpora=corpora)
     assert own == expected and params["verdict"] == {name: params["tables"][name] for name in ("resamples", "seed")}
     assert corpora["second"]["models"] == train["models"] and {"concat", "concat_wide", "concat_readouts", "sage"} <= set(corpora["control"]["models"])
     assert all(train["models"][label] == about for label, about in corpora["control"]["models"].items())

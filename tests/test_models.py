@@ -258,18 +258,19 @@ def test_unlabelled_frames_train_nothing():
 
 
 def test_a_modality_that_is_not_trusted_is_a_modality_that_is_missing():
-    "Trust scales what is represented, so what a doubtful modality says does not reach any state, however loud."
-    model, given = model_of("sage"), inputs()
+    "What a doubtful modality says reaches nobody, however loud; where trust scales the input too, not even its own state."
+    model, given = model_of("sage", gated_input=True), inputs()
     set_evidence(model, 0)
     model.confidence.alpha.data.fill_(1e3)  # doubt becomes certainty
     loud = model(**given | dict(visual=given["visual"] * 1e3))
     torch.testing.assert_close(loud.va, model(**given).va, atol=1e-5, rtol=0)
     with torch.no_grad():
-        plain = model_of("sage", gated_input=False)
+        plain = model_of("sage")
         set_evidence(plain, 0)
         plain.confidence.alpha.data.fill_(1e3)
         changed = (plain(**given | dict(visual=given["visual"] * 1e3)).readouts - plain(**given).readouts).abs().max()
-    assert changed > 0.1
+        other = (plain(**given | dict(visual=given["visual"] * 1e3)).readouts - plain(**given).readouts)[:, :, 1].abs().max()
+    assert changed > 0.1 and other < 1e-5
 
 
 @pytest.mark.parametrize("reliability", ["shared", "constant", "none"])
