@@ -343,3 +343,14 @@ def test_readme_is_the_index_notebook():
     done = subprocess.run([sys.executable, "-m", "sage_nb.pipeline", "readme", "--check"], cwd=ROOT, env=environment(ROOT),
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_search_found_is_what_is_trained():
+    "The best cell of every row of results/tuning/tuning.csv stands in the models of the comparison; forms of concatenation take over that of concat."
+    params = read_params(ROOT)
+    tune, models = params["tune"], params["train"]["models"]
+    best = {row["model"]: row["best"] for row in csv.DictReader((ROOT / "results/tuning/tuning.csv").open())}
+    assert sorted(best) == sorted(tune["models"]) == sorted(set(models) - {"concat_wide", "concat_readouts", "sage_no_calibration"})
+    for label, cell in best.items():
+        assert models[label] == (tune["grid"] | tune["further"].get(label, {}))[cell], label
+    assert all(models[label]["settings"] == models["concat"]["settings"] for label in ("concat_wide", "concat_readouts"))
