@@ -12,10 +12,10 @@ PIPELINE = $(MODULE) sage_nb.pipeline
 help:
 	@echo "make repro      raw video in, tables and figures out (makes $(VENV) and fetches the sample first)"
 	@echo "make tune       the search on dev that found each model's settings (about 15 minutes; not part of make repro)"
-	@echo "make replicate  the comparison again on two more sample corpora, made for it (about 40 minutes; not part of make repro)"
+	@echo "make replicate  the comparison again on two more sample corpora, made for it (about half an hour; not part of make repro)"
 	@echo "make test       every check (makes $(VENV) and fetches the sample first): notebooks, package, tests, the pipeline at a small size"
 	@echo "make verify     rebuild from raw video what make repro made of results/, and compare with what is committed"
-	@echo "make bench      time every model in one run and write results/bench.json (about 4 minutes; the efficiency table is made from it)"
+	@echo "make bench      time every model in one run and write results/bench.json (about 3 minutes; the efficiency table is made from it)"
 	@echo "make readme     write README.md from nbs/index.ipynb"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make clean      remove everything that can be made again (not data, results or the environment)"

@@ -353,3 +353,30 @@ def test_schedule():
     rates = [training.learning_rate(step, 200, Settings(learning_rate=0.5, warmup=0.25)) for step in range(200)]
     assert rates[0] == pytest.approx(0.01) and rates[49] == rates[50] == 0.5 and rates[125] == pytest.approx(0.25)
     assert 0 < rates[-1] < 0.001
+
+
+def test_calibration_counts_every_labelled_frame_once():
+    sequences, _ = made_up_sequences(3, 0, (640, 1250))
+    sequences[1].valid[:500] = False
+    outputs, va, valid, groups = training._outputs(model_of("concat"), sequences, torch.device("cpu"))
+    assert sum(int(v.sum()) for v in valid) == sum(int(s.valid.sum()) for s in sequences)
+    assert sorted({g for part in groups for g in part}) == sorted(s.group for s in sequences) and all(len(g) == len(v) for g, v in zip(groups, valid))
+
+
+def test_a_causal_model_predicts_a_file_as_a_stream_would():
+    "Longer than a window of prediction: what is said at a moment is the same whether or not the file goes on."
+    [long], _ = made_up_sequences(1, 0, (1400, 1400))
+    model = model_of(causal=True)
+    whole = predict_sequences(model, [long])[0]
+    for frames in (700, 1100):
+        fields = ("visual", "audio", "va", "visual_ok", "audio_ok", "valid", "cues")
+        [begun] = predict_sequences(model, [replace(long, **{f: getattr(long, f)[:frames] for f in fields})])
+        np.testing.assert_allclose(begun.va, whole.va[:frames], atol=1e-6)
+        np.testing.assert_allclose(begun.reliability, whole.reliability[:frames], atol=1e-6)
+
+
+def test_calibration_needs_labels(data):
+    unlabelled = [replace(s, valid=np.zeros(len(s), bool)) for s in data[2]]
+    with pytest.raises(DataError, match="no labelled frame in calibration"):
+        fit(model_of(), *data[:2], unlabelled, epochs=1, window=60)
+    fit(model_of(), *data[:2], unlabelled, epochs=1, window=60, calibrate="never")
