@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from sage_nb.core import DataError, Sequence, read_json, write_arrays, write_json
-from sage_nb.evaluation import (REFERENCES, SMOOTHING, ablation, calibration, comparison, conventions, describe, detection, evaluate_runs,
+from sage_nb.evaluation import (REFERENCES, SMOOTHING, VARIANTS, ablation, calibration, comparison, conventions, describe, detection, evaluate_runs,
                                 fit_meter, is_variant, meter_features, moving_average, read_evidence, read_table, reliability_auroc, reliability_by, run_scores,
                                 simulate_evidence, truth_masks, variant_differences, write_table)
 from sage_nb.features import CUES
@@ -221,7 +221,7 @@ def test_a_variant_stands_among_the_ablations_with_all_its_seeds_and_an_unknown_
     write_table(tmp_path / "runs.parquet", runs[runs.run != "steps_0-1"].replace({"model": {"steps_0": "trust_at_input"}}))
     table = ablation(read_evidence(tmp_path), resamples=50)
     assert table.model.tolist() == ["sage", "sage_no_calibration", "trust_at_input"] and table.seeds.tolist() == [2, 2, 1]
-    assert table.changed.tolist() == ["nothing", "no calibration subjects, so no frozen final phase", "trust at input"]
+    assert table.changed.tolist() == ["nothing", VARIANTS["sage_no_calibration"], "trust at input"]
 
 
 def pairs_won(high, low):
