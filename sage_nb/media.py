@@ -5,14 +5,15 @@
 # %% ../nbs/03_media.ipynb #6287ced8
 from __future__ import annotations
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import av
 import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from .affwild2 import Trial, check_complete, open_video, read_annotation, reconcile, stores_no_times, video_info, video_of
+from .affwild2 import (Clock, Crops, Trial, check_complete, open_video, read_annotation, read_crop_files, reconcile, sound_track,
+                              stores_no_times, video_info, video_of)
 from .core import DataError
 
 # %% auto #0
@@ -33,25 +34,25 @@ def read_frames(
     "Decode a video. A damaged or truncated file raises `DataError` at the picture where it stops."
     with open_video(path) as container:
         stream = container.streams.video[0]
-        period = 1 / float(stream.average_rate or 25)
-        to_rgb = VideoReformatter()
+        clock, to_rgb = Clock(stream), VideoReformatter()
         ordered, stamps = stores_no_times(container), deque()
-        number, time, last = 0, -np.inf, None
+        number, hidden, last = 0, 0, None
         try:
             for packet in container.demux(stream):
                 if packet.size:
-                    last = packet.dts
+                    last, hidden = packet.dts, hidden + packet.is_discard
                     stamps.append(last)
                 for picture in packet.decode():
                     in_order = stamps.popleft() if stamps else None
-                    stamp = in_order if ordered else picture.pts
-                    shown = -np.inf if stamp is None else float(stamp * stream.time_base)
-                    time = shown if shown > time else max(time, -period) + period
+                    time = clock(in_order if ordered else picture.pts)
                     number += 1
-                    yield Frame(number, time, to_rgb.reformat(picture, format="rgb24").to_ndarray())
+                    image = to_rgb.reformat(picture, format="rgb24").to_ndarray()
+                    if picture.rotation % 360:
+                        image = np.ascontiguousarray(np.rot90(image, round(picture.rotation / 90)))
+                    yield Frame(number, time, image)
         except av.FFmpegError as error:
             raise DataError(f"{path}: decoding stops after picture {number} ({error.strerror}); copy the file again") from None
-        check_complete(path, stream, number, last)
+        check_complete(path, stream, number, last, hidden)
 
 # %% ../nbs/03_media.ipynb #f2205805
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def read_sound(
     path: str | Path,
     rate: int = 16000,  # samples per second wanted
 ) -> Sound | None:  # None: the video has no sound
-    "Decode the first sound track of a video. A damaged one raises `DataError`."
+    "Decode the sound of a video, of several tracks the one in use (see `affwild2.sound_track`). A damaged one raises `DataError`."
     pieces: list[tuple[float, list[np.ndarray]]] = []  # start time, resampled chunks
     resampler = kind = None
     begin, heard = 0.0, 0.0  # the present piece: its start and its length so far, seconds
@@ -87,10 +88,11 @@ def read_sound(
             pieces[-1][1].extend(chunk.to_ndarray()[0] for chunk in resampler.resample(None))
 
     with open_video(path) as container:
-        if not container.streams.audio:
+        track = sound_track(container)
+        if track is None:
             return None
         try:
-            for chunk in container.decode(container.streams.audio[0]):
+            for chunk in container.decode(track):
                 time = begin + heard if chunk.pts is None else float(chunk.pts * chunk.time_base)
                 new_kind = (chunk.format.name, chunk.layout.name, chunk.sample_rate)
                 if new_kind != kind or abs(time - begin - heard) > 0.01:
