@@ -206,6 +206,12 @@ class Crops:
     others: int = 0  # files beside them that are no numbered picture
 
 
+def _check_name(path: str | Path, name: str) -> None:
+    "Names go into tables, files and terminals: those with line ends, control characters or bytes that are no text raise `DataError`."
+    if not name.isprintable():
+        raise DataError(f"{ascii(str(path))[1:-1]}: a name with characters that cannot be printed; rename it")
+
+
 def _numbered(
     name: str,  # of a file
 ) -> int:  # the picture's number, 0 if it is none
@@ -226,6 +232,7 @@ def _list_folder(
         archives += [Path(here, name) for name in sorted(names) if name.lower().endswith(".zip") and name[0] != "."]
         numbers = np.array(sorted(filter(None, map(_numbered, names))), np.int64)
         if len(numbers):
+            _check_name(here, os.path.relpath(here, folder))
             others = sum(name[0] != "." and not _numbered(name) for name in names)
             found.setdefault(Path(here).name, []).append(Crops(Path(here), numbers, None, others))
     return found, archives
@@ -272,8 +279,9 @@ def _folder_name(
         if utf8:
             raise DataError(f"{path}: a name in it is said to be UTF-8 and is not; copy the archive again") from None
         text = name.decode("cp437")
-    if text.startswith("/") or text[1:2] == ":" or ".." in text.split("/") or "\0" in text:
+    if text.startswith("/") or text[1:2] == ":" or ".." in text.split("/"):
         raise DataError(f"{path}: an entry leads out of the archive ({text[:40]!r}); take the organisers' archive again")
+    _check_name(f"{path}: {text}", text)
     return text
 
 
@@ -489,6 +497,8 @@ class Corpus:
         if twice := sorted(name for name, count in names.items() if count > 1):
             raise DataError(f"{challenge}: trial {twice[0]} is in two of Train_Set, Validation_Set and the test list; "
                             "keep it in one of them")
+        for name in names:
+            _check_name(challenge / name, name)
         subjects = _read_subjects(self.root / "subjects.csv")
         video = {name: self._video_name(name) for name in names}
         groups = _components({name: (f"video {video[name][0]}", f"subject {subjects.get(name, name)}") for name in names})
@@ -514,6 +524,7 @@ class Corpus:
             challenges += [Path(folder, name) for name in inner if name == "VA_Estimation_Challenge"]
             for path in (Path(folder, name) for name in sorted(files)):
                 if path.suffix.lower() in (".mp4", ".avi") and not path.name.startswith("."):
+                    _check_name(path, str(path.relative_to(self.root)))
                     if path.stem in videos:
                         raise DataError(f"{path}: {videos[path.stem]} has the same name, so a trial cannot tell "
                                         "which is its video; remove one of them")
@@ -530,7 +541,7 @@ class Corpus:
             found, inside = _list_folder(folder)
             places.append(found)
             archives = archives + inside
-        for archive in archives:
+        for archive in {os.path.realpath(archive): archive for archive in archives}.values():  # a link leads to the same one
             try:
                 places.append(_list_archive(archive))
             except DataError as error:

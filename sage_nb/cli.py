@@ -12,14 +12,9 @@ from .core import DataError, write_json
 __all__ = ['check', 'main']
 
 # %% ../nbs/22_cli.ipynb #d9739a85
-def _text(text: str) -> str:
-    "What a terminal and a file can hold: bytes of names that are no text are written out."
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _line(text: object) -> str:
-    "The same in one line, whatever there is in a name."
-    return _text(str(text)).replace("\n", "\\n").replace("\r", "\\r")
+    "One line that a terminal and a file can hold, whatever there is in a name."
+    return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(text))
 
 
 def _plain(value):
@@ -28,8 +23,6 @@ def _plain(value):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_plain(part) for part in value]
-    if isinstance(value, str):
-        return _text(value)
     return None if value != value else value.item() if hasattr(value, "item") else value
 
 
@@ -48,17 +41,17 @@ def check(
     corpus, look = Corpus(root), None
     if decode:
         from sage_nb.media import look_closely as look
-    table = corpus.check(look, workers=0 if decode or len(corpus.videos) >= 100 else 1)  # processes take a second to start
+    table = corpus.check(look, workers=0 if len(corpus.videos) >= (8 if decode else 100) else 1)  # processes take a second to start
     broken, odd = table.problem != "", table.oddities != ""
     there, kinds = summarise(table)
     code = 2 if broken.any() else int(odd.any())
     if json:
         trials = [{name: value for name, value in row.items() if name != "odd"} | {"oddities": [dict(kind=kind, text=text) for kind, text in row["odd"]]}
                   for row in _records(table)]
-        write_json(json, dict(root=_text(str(root)), exit_code=code, splits=_records(there), trials=trials))
+        write_json(json, dict(root=_line(root), exit_code=code, splits=_records(there), trials=trials))
     for part in (there, kinds):
         if len(part):
-            print(_text(part.to_string(index=False, na_rep="", float_format="{:.3g}".format)), end="\n\n")
+            print(part.to_string(index=False, na_rep="", float_format="{:.3g}".format), end="\n\n")
     trials = table.trial != ""
     print(f"{_line(root)}: {trials.sum()} trials, {(trials & ~broken & ~odd).sum()} clean, {(trials & odd & ~broken).sum()} with oddities, "
           f"{broken.sum()} unusable; {(~trials & (table.oddities == 'no trial belongs to this video')).sum()} videos without a trial", flush=True)

@@ -84,9 +84,10 @@ def read_sound(
     resampler = kind = None
     begin, heard = 0.0, 0.0  # the present piece: its start and its length so far, seconds
 
-    def flush():
-        if resampler is not None:
-            pieces[-1][1].extend(chunk.to_ndarray()[0] for chunk in resampler.resample(None))
+    def take(chunk):
+        for part in resampler.resample(chunk):
+            mono = part.to_ndarray()[0]
+            pieces[-1][1].append(mono if channels == 1 else np.clip(mono * np.float32(0.5**0.5), -1, 1))
 
     with open_video(path) as container:
         track = sound_track(container)
@@ -97,14 +98,16 @@ def read_sound(
                 time = begin + heard if chunk.pts is None else float(chunk.pts * chunk.time_base)
                 new_kind = (chunk.format.name, chunk.layout.name, chunk.sample_rate)
                 if new_kind != kind or abs(time - begin - heard) > 0.01:
-                    flush()
-                    kind, begin, heard = new_kind, time, 0.0
+                    if resampler is not None:
+                        take(None)
+                    kind, channels, begin, heard = new_kind, chunk.layout.nb_channels, time, 0.0
                     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
                     pieces.append((begin, []))
                 heard += chunk.samples / chunk.sample_rate
                 chunk.pts = None
-                pieces[-1][1].extend(part.to_ndarray()[0] for part in resampler.resample(chunk))
-            flush()
+                take(chunk)
+            if resampler is not None:
+                take(None)
         except av.FFmpegError as error:
             raise DataError(f"{path}: decoding of the sound stops at {begin + heard:.2f} s ({error.strerror}); "
                             "copy the file again") from None
