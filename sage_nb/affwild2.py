@@ -88,6 +88,9 @@ class VideoInfo:
     times: np.ndarray = field(repr=False, compare=False)  # [frames] float64, when each picture is shown, s
 
 
+_MOST_PIXELS = 1 << 26  # of a picture: twice the largest format in use; a damaged header can ask for more than there is memory
+
+
 @contextmanager
 def open_video(
     path: str | Path,
@@ -103,8 +106,13 @@ def open_video(
     with container:
         if not container.streams.video:
             raise DataError(f"{path}: no picture track in this file; put the video in its place")
-        for stream in (*container.streams.video, *container.streams.audio):
-            stream.codec_context.thread_count = 1
+        tracks = container.streams.video[:1] + container.streams.audio
+        if any(kind and not any(track.codec_context for track in kind) for kind in (tracks[:1], tracks[1:])):
+            raise DataError(f"{path}: pictures or sound are in a format that FFmpeg cannot decode; copy the file again, or convert it")
+        for track in tracks:
+            if track.codec_context:
+                track.codec_context.thread_count = 1
+        tracks[0].codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         yield container
 
 
@@ -118,8 +126,8 @@ def stores_no_times(
 def sound_track(
     container: av.container.InputContainer,
 ) -> av.audio.AudioStream | None:
-    "The sound track in use: the file's default one, else the first."
-    tracks = container.streams.audio
+    "The sound track in use: the file's default one, else the first, of those that can be decoded."
+    tracks = [track for track in container.streams.audio if track.codec_context]
     return next((track for track in tracks if track.disposition & av.stream.Disposition.default), next(iter(tracks), None))
 
 
@@ -591,22 +599,22 @@ class Corpus:
         workers: int = 1,  # processes; 0 = one a core
     ) -> pd.DataFrame:  # one row a trial, then one for each thing that belongs to none
         "Look at every annotation and every video. What makes a trial unusable stands in column `problem`, what is worth knowing in `oddities`."
-        official = {"dev": "train", "calibration": "train"}
         splits: dict[str, set] = {}
         for trial in self._trials:
-            splits.setdefault(trial.group, set()).add(official.get(trial.split, trial.split))
-        tasks = [(trial, self.test_rows[trial.id], sorted(splits[trial.group]), [str(crops.source) for crops in self.crops.get(trial.id, [])],
-                  bool(self.crops), look) for trial in self._trials]
+            splits.setdefault(trial.group, set()).add("train" if trial.split in ("dev", "calibration") else trial.split)
+        within = lambda path: str(path).removeprefix(f"{self.root}/")
+        places = {name: [within(crops.source) for crops in found] for name, found in self.crops.items()}
+        tasks = [(trial, self.test_rows[trial.id], sorted(splits[trial.group]), places.get(trial.id, []), bool(places), look)
+                 for trial in self._trials]
         table = parallel_map(_check_trial, tasks, workers, "checking")
-        idle = [(str(video), "no trial belongs to this video") for video in sorted(set(self.videos.values()) - {t.video for t in self._trials})]
-        known = {trial.id for trial in self._trials}
-        idle += [(f"{crops.source} ({name})" if crops.places is not None else str(crops.source), "no trial belongs to these face pictures")
-                 for name, places in self.crops.items() if name not in known for crops in places]
+        used, known = {trial.video for trial in self._trials}, {trial.id for trial in self._trials}
+        idle = [(within(video), "no trial belongs to this video") for video in sorted(set(self.videos.values()) - used)]
+        idle += [(within(crops.source) + f" ({name})" * (crops.places is not None), "no trial belongs to these face pictures")
+                 for name, found in self.crops.items() if name not in known for crops in found]
         table += [dict(trial="", split="", video=path, odd=[(kind, kind)], problem="") for path, kind in idle]
         table += [dict(trial="", split="", video="", odd=[], problem=fault) for fault in self.faults]
         for row in table:
-            row["video"] = row["video"].removeprefix(f"{self.root}/")
-            row["oddities"] = "; ".join(text for _, text in row["odd"])
+            row["video"], row["oddities"] = within(row["video"]), "; ".join(text for _, text in row["odd"])
         return pd.DataFrame(table, columns=[*_COLUMNS, "oddities", "problem", "odd"]).astype(_COLUMNS)
 
 

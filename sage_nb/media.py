@@ -75,6 +75,9 @@ class Sound:
         return inside
 
 
+_LONGEST = 4 * 3600  # seconds of sound; damaged stamps can ask for more than there is memory
+
+
 def read_sound(
     path: str | Path,
     rate: int = 16000,  # samples per second wanted
@@ -115,6 +118,8 @@ def read_sound(
     if not placed:
         return None
     start = min(time for time, _ in placed)
+    if max(time for time, _ in placed) - start > _LONGEST:
+        raise DataError(f"{path}: its sound is stamped over more than {_LONGEST // 3600} hours; copy the file again, or cut it")
     spans = [(round((time - start) * rate), values) for time, values in placed]
     samples = np.zeros(max(position + len(values) for position, values in spans), np.float32)
     ok = np.zeros(len(samples), bool)
