@@ -554,7 +554,8 @@ class Corpus:
                 places.append(_list_archive(archive))
             except DataError as error:
                 self.faults.append(str(error))
-        return {name: [crops for found in places for crops in found.get(name, [])] for name in sorted({name for found in places for name in found})}
+        names = sorted({name for found in places for name in found})
+        return {name: [crops for found in places for crops in found.get(name, [])] for name in names}
 
     def _find_test_list(self) -> Path | None:
         found = []
@@ -598,7 +599,7 @@ class Corpus:
         look: Callable[[Trial], str] | None = None,  # another look at each trial: an oddity, "", or `DataError`
         workers: int = 1,  # processes; 0 = one a core
     ) -> pd.DataFrame:  # one row a trial, then one for each thing that belongs to none
-        "Look at every annotation and every video. What makes a trial unusable stands in column `problem`, what is worth knowing in `oddities`."
+        "Look at every annotation and every video. What makes a trial unusable stands in `problem`, what is worth knowing in `oddities`."
         splits: dict[str, set] = {}
         for trial in self._trials:
             splits.setdefault(trial.group, set()).add("train" if trial.split in ("dev", "calibration") else trial.split)
@@ -661,7 +662,8 @@ def _check_trial(
         else:
             late, missing = info.sound_start - info.start, info.start + info.duration - (info.sound_end or np.inf)
             if abs(late) > 1 / info.rate:
-                note("sound starts late" if late > 0 else "sound starts early", f"sound starts {abs(late):.2f} s {'late' if late > 0 else 'early'}")
+                when = "late" if late > 0 else "early"
+                note(f"sound starts {when}", f"sound starts {abs(late):.2f} s {when}")
             if missing > max(0.5, 0.01 * info.duration):
                 note("sound ends early", f"sound ends {missing:.2f} s early")
         if trial.crops is not None:
@@ -670,8 +672,7 @@ def _check_trial(
             if beyond := int((trial.crops.numbers > length).sum()):
                 note("face pictures beyond the end", f"{beyond} face picture{'s'[:beyond - 1]} beyond the last row and picture")
             if trial.crops.others:
-                note("other files among face pictures", f"{trial.crops.others} file{'s'[:trial.crops.others - 1]} among the face pictures that "
-                     f"{'are' if trial.crops.others > 1 else 'is'} not <number>.jpg")
+                note("other files among face pictures", f"{trial.crops.others} of the files among the face pictures are not <number>.jpg")
             if len(places) > 1:
                 note("face pictures in several places", f"face pictures in {len(places)} places, of which {places[0]} is used")
         elif crops_are_given:
@@ -708,11 +709,13 @@ def summarise(
         rows.append(dict(
             split=split, trials=len(part), videos=int((videos.video != "").sum()), hours=videos.seconds.sum() / 3600, rows=part.rows.sum(),
             labelled=_share(part.labelled, part.rows), pictures=part.frames.sum(), faces=_share(part.faces, part.frames),
-            rate=f"{rates.min():.4g}-{rates.max():.4g}" if len(rates) else "", silent=int((part.frames.notna() & part.sound_rate.isna()).sum()),
+            rate=f"{rates.min():.4g}-{rates.max():.4g}" if len(rates) else "",
+            silent=int((part.frames.notna() & part.sound_rate.isna()).sum()),
             clean=int((~bad & ~strange).sum()), odd=int((strange & ~bad).sum()), broken=int(bad.sum())))
     for row in table.itertuples():
         for kind, text in row.odd:
-            about = kinds.setdefault(kind, dict(odd=kind, **dict.fromkeys(splits, 0), elsewhere=0, example=f"{row.trial or row.video}: {text}"))
+            none = dict.fromkeys([*splits, "elsewhere"], 0)
+            about = kinds.setdefault(kind, dict(odd=kind, example=f"{row.trial or row.video}: {text}") | none)
             about[row.split or "elsewhere"] += 1
     return pd.DataFrame(rows), pd.DataFrame([kinds[kind] for kind in sorted(kinds)], columns=["odd", *splits, "elsewhere", "example"])
 

@@ -19,15 +19,12 @@ def _line(text: object) -> str:
 
 def _plain(value):
     "What JSON can hold: no missing values of pandas, no numbers of numpy."
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
     return None if value != value else value.item() if hasattr(value, "item") else value
 
 
 def _records(table) -> list[dict]:
-    return _plain(table.astype(object).where(table.notna(), float("nan")).to_dict("records"))
+    values = table.astype(object).where(table.notna(), float("nan"))
+    return [{name: _plain(value) for name, value in row.items()} for row in values.to_dict("records")]
 
 
 def check(
@@ -42,19 +39,19 @@ def check(
     if decode:
         from sage_nb.media import look_closely as look
     table = corpus.check(look, workers=0 if len(corpus.videos) >= (8 if decode else 100) else 1)  # processes take a second to start
-    broken, odd = table.problem != "", table.oddities != ""
+    broken, strange = table.problem != "", table.oddities != ""
     there, kinds = summarise(table)
-    code = 2 if broken.any() else int(odd.any())
+    code = 2 if broken.any() else int(strange.any())
     if json:
-        trials = [{name: value for name, value in row.items() if name != "odd"} | {"oddities": [dict(kind=kind, text=text) for kind, text in row["odd"]]}
-                  for row in _records(table)]
+        trials = [row | {"oddities": [dict(kind=kind, text=text) for kind, text in odd]}
+                  for row, odd in zip(_records(table.drop(columns="odd")), table.odd)]
         write_json(json, dict(root=_line(root), exit_code=code, splits=_records(there), trials=trials))
     for part in (there, kinds):
         if len(part):
             print(part.to_string(index=False, na_rep="", float_format="{:.3g}".format), end="\n\n")
-    trials = table.trial != ""
-    print(f"{_line(root)}: {trials.sum()} trials, {(trials & ~broken & ~odd).sum()} clean, {(trials & odd & ~broken).sum()} with oddities, "
-          f"{broken.sum()} unusable; {(~trials & (table.oddities == 'no trial belongs to this video')).sum()} videos without a trial", flush=True)
+    trials, idle = table.trial != "", table.oddities == "no trial belongs to this video"
+    print(f"{_line(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
+          f"{broken.sum()} unusable; {idle.sum()} videos without a trial", flush=True)
     for problem in table.problem[broken]:
         print(f"sage-nb: {_line(problem)}", file=sys.stderr)
     return code

@@ -198,7 +198,7 @@ class Face:
     "Where the face is in one picture."
     found: bool
     box: tuple[float, float, float, float]  # x, y, width, height in pixels; zeros when not found
-    score: float  # the detector's where it was detected here (the cascade's is 1), else correlation with the last detected face; 0 when not found
+    score: float  # the detector's if detected here (the cascade's is 1), else correlation with the last detected face; 0 when not found
 
 
 _NO_FACE = Face(False, (0.0, 0.0, 0.0, 0.0), 0.0)
