@@ -1,5 +1,6 @@
 """The corpus as it is distributed: face pictures in folders and archives, containers of all kinds, a report that misses nothing."""
 import json
+import tracemalloc
 import warnings
 import zipfile
 from dataclasses import replace
@@ -14,8 +15,12 @@ from corpora import UTF8, archive, jpg, official_tree
 
 from sage_nb.affwild2 import Corpus, Trial, read_crop_files, summarise, video_info
 from sage_nb.cli import main
-from sage_nb.core import DataError
+from sage_nb.core import DataError, read_arrays
+from sage_nb.corruption import FAMILIES
+from sage_nb.encoders import AudioEncoder, VisualEncoder, save_encoder
+from sage_nb.features import encode_corpus, prepare_corpus
 from sage_nb.media import look_closely, read_crops, read_frames, read_sound, read_trial
+from sage_nb.suite import encode_corrupted
 
 COUNT = 12
 
@@ -155,8 +160,13 @@ BOMB = b"\0" * (40 << 20)
 def test_a_damaged_entry_is_named(root, entries, lie):
     archive(entries, root / "cropped_aligned.zip", **lie)
     trial = next(trial for trial in Corpus(root).trials() if trial.id == "two_left")
-    with pytest.raises(DataError, match="picture 1, at byte .* is damaged; copy the archive again"):
-        read_trial(trial)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="picture 1, at byte .* is damaged; copy the archive again"):
+            read_trial(trial)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def huge_jpg():
@@ -215,6 +225,30 @@ def test_faces_of_two_people_are_their_own(root):
         if trial.side:
             data = read_trial(trial)
             assert data["frame"][data["visual_ok"]].tolist() == [1 if trial.side == "left" else 7]
+
+
+def test_given_faces_are_corrupted_where_they_are(tmp_path):
+    "All the way from an archive to corrupted features: no face is looked for, what was not touched stays as it was."
+    root, count = tmp_path / "corpus", 75
+    write_video(root / "t.mp4", [wall(size=32)] * count, np.arange(count) / 25)
+    annotate(root / "VA_Estimation_Challenge" / "Validation_Set" / "t.txt", [[0.1, 0.2]] * count)
+    (root / "VA_Estimation_Challenge" / "Train_Set").mkdir()
+    picture = [cv2.imencode(".jpg", draw_face(wall(), mouth=number % 7 / 7)[25:137, 25:137])[1].tobytes() for number in range(count)]
+    archive([(b"t/%05d.jpg" % number, picture[number - 1]) for number in range(1, count + 1) if number % 10], root / "cropped_aligned.zip")
+    corpus = Corpus(root)
+    prepare_corpus(corpus, tmp_path / "prepared", workers=1)
+    for kind, net in (("visual", VisualEncoder()), ("audio", AudioEncoder())):
+        save_encoder(tmp_path / "encoders" / f"{kind}.safetensors", net)
+    encode_corpus(tmp_path / "prepared", tmp_path / "encoders", tmp_path / "store", workers=1)
+    encode_corrupted(corpus, tmp_path / "prepared", tmp_path / "encoders", tmp_path / "store", tmp_path / "suite", workers=1)
+    clean, _ = read_arrays(tmp_path / "store" / "t.safetensors")
+    assert clean["visual_ok"].tolist() == [number % 10 > 0 for number in range(1, count + 1)]
+    for family in (name for name, about in FAMILIES.items() if about.level == "media" and about.modality == "visual"):
+        for severity in (1, 2, 3):
+            worse, _ = read_arrays(tmp_path / "suite" / f"{family}-{severity}" / "t.safetensors")
+            assert np.array_equal(worse["visual_ok"], clean["visual_ok"]), "a given face stays found"
+            changed = (worse["visual"] != clean["visual"]).any(1)
+            assert not changed[~worse["corrupted"]].any() and changed[worse["corrupted"] & clean["visual_ok"]].mean() > 0.9
 
 
 # --- pictures and sound on one clock, whatever the container
@@ -302,6 +336,19 @@ def test_the_default_track_is_heard(tmp_path):
                 container.mux(track.encode(chunk))
             container.mux(track.encode())
     assert np.abs(read_sound(path).samples[4000:12000]).max() == pytest.approx(0.6, abs=0.05)
+
+
+def test_more_memory_than_there_is_is_not_asked_for(tmp_path):
+    late = write_video(tmp_path / "late.mp4", [wall(size=32)] * 50, np.arange(50) / 25, np.zeros(2 * 44100), pauses=[(44032, 5 * 3600)])
+    with pytest.raises(DataError, match="sound is stamped over more than 4 hours"):
+        read_sound(late)
+    with av.open(str(tmp_path / "large.avi"), "w") as container:
+        video = container.add_stream("mjpeg", rate=25, width=8208, height=8208, pix_fmt="yuvj420p")
+        container.mux(video.encode(av.VideoFrame(8208, 8208, "yuvj420p")))
+        container.mux(video.encode())
+    for read in (video_info, lambda path: list(read_frames(path))):
+        with pytest.raises(DataError, match="large.avi"):
+            read(tmp_path / "large.avi")
 
 
 # --- the report
