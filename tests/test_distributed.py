@@ -16,11 +16,11 @@ from corpora import UTF8, archive, jpg, official_tree
 from sage_nb.affwild2 import Corpus, Trial, read_crop_files, summarise, video_info
 from sage_nb.cli import main
 from sage_nb.core import DataError, read_arrays
-from sage_nb.corruption import FAMILIES
+from sage_nb.corruption import FAMILIES, plan_stretches, seeded
 from sage_nb.encoders import AudioEncoder, VisualEncoder, save_encoder
-from sage_nb.features import encode_corpus, prepare_corpus
+from sage_nb.features import encode_corpus, prepare_corpus, read_prepared
 from sage_nb.media import look_closely, read_crops, read_frames, read_sound, read_trial
-from sage_nb.suite import encode_corrupted
+from sage_nb.suite import _look_again, encode_corrupted
 
 COUNT = 12
 
@@ -95,12 +95,12 @@ def test_what_is_no_face_picture_is_left_out(root):
 
 
 def test_a_folder_comes_before_an_archive_and_a_later_entry_before_an_earlier(root):
-    archive(faces("Köln", [1]) + faces("two_left", [4]) + [(b"cropped_aligned/two_left/00004.jpg", jpg(200))], root / "cropped_aligned.zip")
+    archive(faces("Köln", [1]) + faces("two_left", [4]) + [(b"cropped_aligned/two_left/00004.jpg", jpg(200))] + faces("two_left", [6]), root / "cropped_aligned.zip")
     (root / "cropped_aligned" / "batch2" / "Köln").mkdir(parents=True)
     (root / "cropped_aligned" / "batch2" / "Köln" / "00009.jpg").write_bytes(jpg(99))
     (root / "cropped_aligned" / "round").symlink_to(root / "cropped_aligned")
     crops = crops_of(root)
-    assert [*read_crop_files(crops["Köln"])] == [(9, jpg(99))] and [*read_crop_files(crops["two_left"])] == [(4, jpg(200))]
+    assert [*read_crop_files(crops["Köln"])] == [(9, jpg(99))] and [*read_crop_files(crops["two_left"])] == [(4, jpg(200)), (6, jpg(60))]
     table = Corpus(root).check().set_index("trial")
     assert "face pictures in 2 places, of which" in table.loc["Köln", "oddities"] and "batch2" in table.loc["Köln", "oddities"]
 
@@ -249,6 +249,10 @@ def test_given_faces_are_corrupted_where_they_are(tmp_path):
             assert np.array_equal(worse["visual_ok"], clean["visual_ok"]), "a given face stays found"
             changed = (worse["visual"] != clean["visual"]).any(1)
             assert not changed[~worse["corrupted"]].any() and changed[worse["corrupted"] & clean["visual_ok"]].mean() > 0.9
+    data = read_prepared(tmp_path / "prepared" / "t.safetensors")
+    [(_, seen)] = _look_again(corpus.trials()[0], data, [("occlusion", 1)], {"occlusion": plan_stretches(data["time"], seeded(0, "test"))}, 0)
+    same = (seen["crops"] == data["crops"]).all(-1)[seen["changed"]]
+    assert 0.3 < same.mean() < 1, "an object covers a part of the picture, and the rest of it stays where it was"
 
 
 # --- pictures and sound on one clock, whatever the container

@@ -166,6 +166,22 @@ def test_the_side_is_a_place_among_all_who_are_known(finder):
     assert np.abs(middles([face for face in faces if face.found]) - 140).max() < 9 and np.mean([face.found for face in faces]) > 0.9
 
 
+def test_a_place_is_known_without_a_detection():
+    "The right one comes back to the left half of the picture while the detector overlooks the left one."
+    seen, overlooked = Cascade(), False
+
+    def detector(image, *sizes):
+        boxes, scores = seen(image, *sizes)
+        kept = boxes[:, 0] > 90 if overlooked else scores > 0
+        return boxes[kept], scores[kept]
+
+    find, faces = FaceFinder(side="right", detector=detector, several=True), []
+    for number in range(60):
+        overlooked = number >= 45
+        faces.append(find(scene(*([36, 230] if number < 10 else [36] if number < 45 else [36, 140]))))
+    assert not any(face.found for face in faces[11:45]) and all(face.found for face in faces[51:]) and np.abs(middles(faces[51:]) - 140).max() < 9
+
+
 def test_after_ten_seconds_a_bystander_may_be_the_one(finder):
     find = finder()
     faces = [find(scene(*([84] * (number < 10) + [244] * (number > 0)))) for number in range(330)]
