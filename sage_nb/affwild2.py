@@ -440,7 +440,7 @@ def _components(
 
 # %% ../nbs/02_affwild2.ipynb #a610d160
 _TEST_HEADER = ["image_location", "valence", "arousal"]
-_TEST_ROW = re.compile(r"(?P<trial>[^/\\.][^/\\]*)/(?P<frame>\d+)\.jpg(?:,|$)")
+_TEST_ROW = re.compile(r"(?P<trial>[^/\\.][^/\\]*)/(?P<frame>\d{1,9})\.jpg(?:,|$)")
 
 
 def read_test_list(
@@ -472,7 +472,10 @@ def _read_subjects(
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+        try:
+            header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+        except csv.Error:  # a field of 128 KiB
+            header = None
     if header != ["trial", "subject"] or any(len(row) != 2 for row in rows):
         raise DataError(f"{path}: not a table with the two columns 'trial,subject'; correct it or remove it")
     return dict(rows)

@@ -25,6 +25,7 @@ def good(tmp_path_factory):
     return {
         "VA_Estimation_Challenge/Train_Set/t.txt": (folder / "t.txt").read_bytes(),
         "test_set_example.txt": "\n".join(lines).encode(),
+        "subjects.csv": b"trial,subject\nt,somebody\nu,somebody else\n",
         "cropped_aligned.zip": archive([(f"c/{trial}/{number:05d}.jpg".encode(), content, 0, 8 * (number % 2))
                                         for trial in "tu" for number, content in FACES.items()], folder / "c.zip").read_bytes(),
         "cropped_aligned/t/00003.jpg": FACES[3],
@@ -74,7 +75,7 @@ def told(error: DataError) -> str:
     return text
 
 
-@pytest.mark.parametrize("kind", ["VA_Estimation_Challenge/Train_Set/t.txt", "test_set_example.txt", "cropped_aligned.zip",
+@pytest.mark.parametrize("kind", ["VA_Estimation_Challenge/Train_Set/t.txt", "test_set_example.txt", "subjects.csv", "cropped_aligned.zip",
                                   "cropped_aligned/t/00003.jpg", "t.mp4", "u.avi"])
 def test_damage(good, kind, tmp_path):
     root = tmp_path / "here" / "corpus"
