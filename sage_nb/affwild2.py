@@ -4,21 +4,23 @@
 
 # %% ../nbs/02_affwild2.ipynb #c670c26b
 from __future__ import annotations
-import csv, os, re
+import csv, os, re, struct, zlib
+from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 import av
 import numpy as np
 import pandas as pd
-from .core import DataError, progress, whole
+from .core import DataError, parallel_map, whole
 
 # %% auto #0
-__all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'stores_no_times', 'check_complete', 'video_info',
-           'Trial', 'video_of', 'read_test_list', 'Corpus', 'write_submission']
+__all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'stores_no_times', 'sound_track', 'Clock',
+           'check_complete', 'video_info', 'Crops', 'read_crop_files', 'Trial', 'video_of', 'read_test_list', 'Corpus',
+           'summarise', 'write_submission']
 
 # %% ../nbs/02_affwild2.ipynb #2758f299
 def read_annotation(
@@ -69,15 +71,24 @@ def reconcile(
 @dataclass(frozen=True)
 class VideoInfo:
     "What a video file says of itself. Times are in seconds on the container's clock, which picture and sound share."
-    width: int  # pixels
+    width: int  # pixels, of the picture as it is shown
     height: int  # pixels
     frames: int  # pictures in the file
     rate: float  # pictures per second, mean over the file
     variable: bool  # whether an interval between pictures differs from the median by more than a tenth
     start: float  # time of the first picture
     duration: float  # from the first picture to the end of the last
+    turned: int  # degrees, anticlockwise, by which the file asks to turn its pictures
     has_sound: bool
-    sound_start: float | None  # time of the first sample of the first sound track
+    sound_tracks: int
+    sound_start: float | None  # time of the first sample of the sound track in use
+    sound_end: float | None  # and of its end, as the header has it
+    sound_rate: int | None  # samples per second
+    channels: int | None
+    times: np.ndarray = field(repr=False, compare=False)  # [frames] float64, when each picture is shown, s
+
+
+_MOST_PIXELS = 1 << 26  # of a picture: twice the largest format in use; a damaged header can ask for more than there is memory
 
 
 @contextmanager
@@ -95,8 +106,13 @@ def open_video(
     with container:
         if not container.streams.video:
             raise DataError(f"{path}: no picture track in this file; put the video in its place")
-        for stream in (*container.streams.video, *container.streams.audio):
-            stream.codec_context.thread_count = 1
+        tracks = container.streams.video[:1] + container.streams.audio
+        if any(kind and not any(track.codec_context for track in kind) for kind in (tracks[:1], tracks[1:])):
+            raise DataError(f"{path}: pictures or sound are in a format that FFmpeg cannot decode; copy the file again, or convert it")
+        for track in tracks:
+            if track.codec_context:
+                track.codec_context.thread_count = 1
+        tracks[0].codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         yield container
 
 
@@ -107,14 +123,41 @@ def stores_no_times(
     return container.format.name == "avi"
 
 
+def sound_track(
+    container: av.container.InputContainer,
+) -> av.audio.AudioStream | None:
+    "The sound track in use: the file's default one, else the first, of those that can be decoded."
+    tracks = [track for track in container.streams.audio if track.codec_context]
+    return next((track for track in tracks if track.disposition & av.stream.Disposition.default), next(iter(tracks), None))
+
+
+class Clock:
+    "When pictures are shown: at their stamps, or one period after the predecessor where the stamp is missing or does not move on."
+
+    def __init__(
+        self,
+        stream: av.video.VideoStream,
+    ):
+        self._unit, self._period, self._time = stream.time_base, 1 / float(stream.average_rate or 25), -np.inf
+
+    def __call__(
+        self,
+        stamp: int | None,  # of the next picture in the order in which they are shown
+    ) -> float:  # seconds, always later
+        shown = -np.inf if stamp is None else float(stamp * self._unit)
+        self._time = shown if shown > self._time else max(self._time, -self._period) + self._period
+        return self._time
+
+
 def check_complete(
     path: str | Path,  # for the message
     stream: av.video.VideoStream,  # the picture track, read to its end
     frames: int,  # pictures that were found in it
     last: int | None,  # decoding stamp of its last packet
+    hidden: int = 0,  # pictures that are there but not to be shown
 ) -> None:
     "Raise `DataError` for a video that ends before its header says: more than 1 % (at least two pictures) missing, or all of them."
-    places = last + 1 if stores_no_times(stream.container) and last is not None else frames  # in AVI, a place may be left empty
+    places = last + 1 if stores_no_times(stream.container) and last is not None else frames + hidden  # in AVI, a place may be left empty
     if frames == 0 or stream.frames - places > max(1, stream.frames // 100):
         raise DataError(f"{path}: the video breaks off after picture {frames}, its header promises {stream.frames or 'more'}; "
                         "copy the file again")
@@ -123,26 +166,235 @@ def check_complete(
 def video_info(
     path: str | Path,
 ) -> VideoInfo:
-    "Size, rate, times and sound of a video, without decoding a picture. A broken or truncated file raises `DataError`."
+    "Size, rate, times and sound of a video, decoding no more than its first picture. A broken or truncated file raises `DataError`."
     with open_video(path) as container:
-        stream = container.streams.video[0]
-        sound = next(iter(container.streams.audio), None)
+        stream, sound = container.streams.video[0], sound_track(container)
+        stamps, hidden, turned = [], 0, None
         try:
-            stamps = [(packet.dts, packet.pts) for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            for packet in container.demux(stream):
+                if packet.size:
+                    hidden += packet.is_discard
+                    if not packet.is_discard:
+                        stamps.append((packet.dts, packet.pts))
+                if turned is None:
+                    turned = next((picture.rotation for picture in packet.decode()), None)
         except av.FFmpegError as error:
             raise DataError(f"{path}: damaged ({error.strerror}); copy the file again") from None
-        check_complete(path, stream, len(stamps), stamps[-1][0] if stamps else None)
+        check_complete(path, stream, len(stamps), stamps[-1][0] if stamps else None, hidden)
+        if turned is None:
+            raise DataError(f"{path}: no picture in it can be decoded ({stream.codec_context.name}); copy the file again")
         shown = [dts if stores_no_times(container) else pts for dts, pts in stamps]
-        times = np.sort([float(stamp * stream.time_base) for stamp in shown if stamp is not None] or [0.0])
+        known = sorted(stamp for stamp in shown if stamp is not None)
+        times = np.array(list(map(Clock(stream), known + [None] * (len(shown) - len(known)))))
         steps = np.diff(times)
         rate = len(steps) / (times[-1] - times[0]) if times[-1] > times[0] else float(stream.average_rate or 25)
+        begin = None if sound is None else float((sound.start_time or 0) * sound.time_base)
+        width, height = (stream.width, stream.height)[:: -1 if turned % 180 else 1]
         return VideoInfo(
-            width=stream.width, height=stream.height, frames=len(stamps), rate=float(rate),
+            width=width, height=height, frames=len(stamps), rate=float(rate),
             variable=bool(len(steps) and np.abs(steps - np.median(steps)).max() > 0.1 * np.median(steps)),
-            start=float(times[0]), duration=float(times[-1] - times[0] + 1 / rate), has_sound=sound is not None,
-            sound_start=None if sound is None else float((sound.start_time or 0) * sound.time_base))
+            start=float(times[0]), duration=float(times[-1] - times[0] + 1 / rate), turned=turned % 360,
+            has_sound=sound is not None, sound_tracks=len(container.streams.audio), sound_start=begin,
+            sound_end=None if sound is None or sound.duration is None else begin + float(sound.duration * sound.time_base),
+            sound_rate=sound and sound.sample_rate, channels=sound and sound.codec_context.channels, times=times)
 
 # %% ../nbs/02_affwild2.ipynb #bcb44e86
+_LARGEST = 1 << 24  # bytes; no picture of a face is larger
+_NUMBERED = re.compile(r"(\d{5,9})\.jpg")
+_END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+_ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
+
+
+@dataclass(frozen=True)
+class Crops:
+    "One trial's face pictures, in a folder or in a zip archive."
+    source: Path  # the folder, or the archive
+    numbers: np.ndarray  # [N] int64, sorted: the pictures of the video in which a face was found
+    places: np.ndarray | None = None  # [N, 5] int64, in an archive: offset, length there, length, method, checksum
+    others: int = 0  # files beside them that are no numbered picture
+
+
+def _check_name(path: str | Path, name: str) -> None:
+    "Names go into tables, files and terminals: those with line ends, control characters or bytes that are no text raise `DataError`."
+    if not name.isprintable():
+        raise DataError(f"{ascii(str(path))[1:-1]}: a name with characters that cannot be printed; rename it")
+
+
+def _numbered(
+    name: str,  # of a file
+) -> int:  # the picture's number, 0 if it is none
+    match = _NUMBERED.fullmatch(name)
+    return int(match[1]) if match and match[1] == f"{int(match[1]):05d}" else 0
+
+
+def _list_folder(
+    folder: Path,  # cropped_aligned, unpacked
+) -> tuple[dict[str, list[Crops]], list[Path]]:  # crops by trial; zip archives
+    found, archives, seen = {}, [], set()
+    for here, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # a link that leads back
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX")))
+        archives += [Path(here, name) for name in sorted(names) if name.lower().endswith(".zip") and name[0] != "."]
+        numbers = np.array(sorted(filter(None, map(_numbered, names))), np.int64)
+        if len(numbers):
+            _check_name(here, os.path.relpath(here, folder))
+            others = sum(name[0] != "." and not _numbered(name) for name in names)
+            found.setdefault(Path(here).name, []).append(Crops(Path(here), numbers, None, others))
+    return found, archives
+
+
+def _archive_directory(
+    path: Path,  # for the message
+    file,  # the archive
+) -> tuple[bytes, int, int]:  # the directory, the number of its entries, and what to add to its offsets
+    damaged = DataError(f"{path}: not a complete zip archive; copy it again")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _END.size - 0xFFFF))  # a comment of at most 64 KiB may follow
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < _END.size:
+        raise damaged
+    _, disk, first_disk, _, entries, length, offset, _ = _END.unpack_from(tail, at)
+    end = size - len(tail) + at
+    if 0xFFFF in (entries, disk) or 0xFFFFFFFF in (length, offset):  # more than 65,535 entries or 4 GiB: another record before this one
+        file.seek(max(0, end - _LOCATOR.size))
+        signature, _, end, _ = _LOCATOR.unpack(file.read(_LOCATOR.size).ljust(_LOCATOR.size, b"\0"))
+        if signature != b"PK\6\7" or end > size - _END64.size:
+            raise damaged
+        file.seek(end)
+        signature, _, _, _, disk, first_disk, _, entries, length, offset = _END64.unpack(file.read(_END64.size))
+        if signature != b"PK\6\6":
+            raise damaged
+    if disk or first_disk:
+        raise DataError(f"{path}: one part of an archive in several parts; join them into one archive")
+    if length > end or end - length < offset:
+        raise damaged
+    file.seek(end - length)
+    return file.read(length), entries, end - length - offset
+
+
+def _folder_name(
+    path: Path,  # the archive, for the message
+    name: bytes,  # of a folder in it
+    utf8: bool,  # whether the archive says that names are UTF-8
+) -> str:
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        if utf8:
+            raise DataError(f"{path}: a name in it is said to be UTF-8 and is not; copy the archive again") from None
+        text = name.decode("cp437")
+    if text.startswith("/") or text[1:2] == ":" or ".." in text.split("/"):
+        raise DataError(f"{path}: an entry leads out of the archive ({text[:40]!r}); take the organisers' archive again")
+    _check_name(f"{path}: {text}", text)
+    return text
+
+
+def _list_archive(
+    path: Path,
+) -> dict[str, list[Crops]]:  # crops by trial
+    "What face pictures a zip archive holds. One that cannot be believed raises `DataError`."
+    found: dict[bytes, list] = {}  # folder -> its name, [number, offset, length there, length, method, checksum, ...], other files
+    try:
+        with path.open("rb") as file:
+            directory, entries, shift = _archive_directory(path, file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); put the archive there again") from None
+    at = 0
+    for _ in range(entries):
+        try:
+            (signature, _, _, flags, method, _, _, checksum, packed, length, name_length, extra_length, comment_length, _, _, _,
+             offset) = _ENTRY.unpack_from(directory, at)
+        except struct.error:
+            signature = None
+        if signature != b"PK\1\2":
+            raise DataError(f"{path}: the archive's directory is damaged; copy it again")
+        name = directory[at + _ENTRY.size : at + _ENTRY.size + name_length].replace(b"\\", b"/")
+        at += _ENTRY.size + name_length + extra_length + comment_length
+        folder, _, file_name = name.rpartition(b"/")
+        if folder not in found:
+            found[folder] = [_folder_name(path, folder, bool(flags & 0x800)), array("q"), 0]
+        if file_name == b"..":
+            _folder_name(path, name, bool(flags & 0x800))
+        number = _numbered(file_name.decode("latin-1"))
+        if not number:
+            found[folder][2] += file_name[:1] not in (b"", b".")
+            continue
+        if 0xFFFFFFFF in (length, packed, offset):
+            length, packed, offset = _long_values(directory[at - extra_length - comment_length : at - comment_length], length, packed, offset)
+        if flags & 1 or method not in (0, 8):
+            raise DataError(f"{path}: its pictures are {'encrypted' if flags & 1 else f'packed by method {method}'}, which is not supported; "
+                            "unpack it into a folder of the same name")
+        if max(length, packed) > _LARGEST:
+            raise DataError(f"{path}: picture {number} of {found[folder][0][-40:]!r} is said to have {max(length, packed)} bytes; "
+                            "take the organisers' archive again")
+        found[folder][1].extend((number, offset + shift, packed, length, method, checksum))
+    crops: dict[str, list[Crops]] = {}
+    for folder, values, others in found.values():
+        table = np.array(values, np.int64).reshape(-1, 6)
+        last = len(table) - 1 - np.unique(table[::-1, 0], return_index=True)[1]  # a name that comes twice means the later one
+        if len(table) and not folder.startswith("__MACOSX"):
+            crops.setdefault(folder.rpartition("/")[2], []).append(Crops(path, table[last, 0], table[last, 1:], others))
+    return crops
+
+
+def _long_values(
+    extra: bytes,  # an entry's extra fields
+    *values: int,  # of which those that are 0xFFFFFFFF stand there, in this order
+) -> list[int]:
+    at, wide = 0, b""
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        wide = extra[at + 4 : at + 4 + size] if kind == 1 else wide
+        at += 4 + size
+    rest = iter(struct.unpack(f"<{len(wide) // 8}Q", wide[: len(wide) // 8 * 8]))
+    return [min(next(rest, 0), 1 << 62) if value == 0xFFFFFFFF else value for value in values]
+
+
+def read_crop_files(
+    crops: Crops,
+) -> Iterator[tuple[int, bytes]]:  # the picture's number, and its jpg file
+    "Read a trial's face pictures in order. One that cannot be read raises `DataError`."
+    if crops.places is None:
+        for number in crops.numbers.tolist():
+            path = crops.source / f"{number:05d}.jpg"
+            try:
+                with path.open("rb") as file:
+                    content = file.read(_LARGEST + 1)
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); put the picture there again") from None
+            if len(content) > _LARGEST:
+                raise DataError(f"{path}: larger than {_LARGEST >> 20} MiB, which no picture of a face is; take the organisers' file again")
+            yield number, content
+        return
+    try:
+        with crops.source.open("rb") as file:
+            for number, place in zip(crops.numbers.tolist(), crops.places.tolist()):
+                yield number, _unpack(crops.source, file, number, *place)
+    except OSError as error:
+        raise DataError(f"{crops.source}: cannot be read ({error.strerror}); copy the archive again") from None
+
+
+def _unpack(path: Path, file, number: int, offset: int, packed: int, length: int, method: int, checksum: int) -> bytes:
+    "One file of an archive."
+    file.seek(offset)
+    header = file.read(_LOCAL.size)
+    if len(header) == _LOCAL.size and header[:4] == b"PK\3\4":
+        *_, name_length, extra_length = _LOCAL.unpack(header)
+        file.seek(name_length + extra_length, os.SEEK_CUR)
+        content = file.read(packed)
+        try:
+            content = zlib.decompressobj(-15).decompress(content, length + 1) if method else content
+        except zlib.error:
+            content = b""
+        if len(content) == length and zlib.crc32(content) == checksum:
+            return content
+    raise DataError(f"{path}: picture {number}, at byte {offset}, is damaged; copy the archive again")
+
+# %% ../nbs/02_affwild2.ipynb #9a22364a
 SPLITS = ("train", "dev", "calibration", "validation", "test")
 
 
@@ -156,6 +408,7 @@ class Trial:
     side: str | None  # "left" or "right" when two people share the picture
     subject: str  # who it is, as far as known
     group: str  # the unit that splits and tests respect
+    crops: Crops | None = field(default=None, compare=False, repr=False)  # the organisers' face pictures; None: there are none
 
 
 def video_of(
@@ -185,9 +438,9 @@ def _components(
     first: dict[str, str] = {}
     return {trial: first.setdefault(root(shared[trial][0]), trial) for trial in sorted(shared)}
 
-# %% ../nbs/02_affwild2.ipynb #9a22364a
+# %% ../nbs/02_affwild2.ipynb #a610d160
 _TEST_HEADER = ["image_location", "valence", "arousal"]
-_TEST_ROW = re.compile(r"(?P<trial>[^/\\.][^/\\]*)/(?P<frame>\d+)\.jpg(?:,|$)")
+_TEST_ROW = re.compile(r"(?P<trial>[^/\\.][^/\\]*)/(?P<frame>\d{1,9})\.jpg(?:,|$)")
 
 
 def read_test_list(
@@ -219,7 +472,10 @@ def _read_subjects(
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+        try:
+            header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+        except csv.Error:  # a field of 128 KiB
+            header = None
     if header != ["trial", "subject"] or any(len(row) != 2 for row in rows):
         raise DataError(f"{path}: not a table with the two columns 'trial,subject'; correct it or remove it")
     return dict(rows)
@@ -238,7 +494,8 @@ class Corpus:
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder; put the corpus there, or make a sample with `sage-nb sample`")
-        self.videos, challenge = self._walk()  # name without suffix -> file
+        self.faults: list[str] = []  # sentences on archives of face pictures that cannot be believed
+        self.videos, self.crops, challenge = self._walk()  # both by name, without suffix
         sets = {split: {path.stem: path for path in (challenge / name).glob("*.txt") if not path.name.startswith(".")}
                 for split, name in (("train", "Train_Set"), ("validation", "Validation_Set"))}
         self.test_list = self._find_test_list()
@@ -251,28 +508,34 @@ class Corpus:
         if twice := sorted(name for name, count in names.items() if count > 1):
             raise DataError(f"{challenge}: trial {twice[0]} is in two of Train_Set, Validation_Set and the test list; "
                             "keep it in one of them")
+        for name in names:
+            _check_name(challenge / name, name)
         subjects = _read_subjects(self.root / "subjects.csv")
         video = {name: self._video_name(name) for name in names}
         groups = _components({name: (f"video {video[name][0]}", f"subject {subjects.get(name, name)}") for name in names})
         carved = self._carve({groups[name] for name in sets["train"]}, dev_groups, calibration_groups, split_seed)
         self._trials = [
             Trial(name, carved.get(groups[name], split) if split == "train" else split, self.videos.get(video[name][0]),
-                  None if split == "test" else trials[name], video[name][1], subjects.get(name, name), groups[name])
+                  None if split == "test" else trials[name], video[name][1], subjects.get(name, name), groups[name],
+                  self.crops.get(name, [None])[0])
             for split, trials in sets.items() for name in trials]
         self._trials.sort(key=lambda trial: trial.id)
 
-    def _walk(self) -> tuple[dict[str, Path], Path]:
-        "All videos by name, and the folder of the annotations."
-        videos, challenges, seen = {}, [], set()
+    def _walk(self) -> tuple[dict[str, Path], dict[str, list[Crops]], Path]:
+        "All videos and all face pictures by name, and the folder of the annotations."
+        videos, folders, archives, challenges, seen = {}, [], [], [], set()
         for folder, inner, files in os.walk(self.root, followlinks=True):
             if (real := os.path.realpath(folder)) in seen:  # a link that leads back
                 inner.clear()
                 continue
             seen.add(real)
+            folders += [Path(folder, name) for name in sorted(inner) if name.startswith("cropped_aligned")]
+            archives += [Path(folder, name) for name in sorted(files) if name.startswith("cropped_aligned") and name.lower().endswith(".zip")]
             inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX", "cropped")))
             challenges += [Path(folder, name) for name in inner if name == "VA_Estimation_Challenge"]
             for path in (Path(folder, name) for name in sorted(files)):
                 if path.suffix.lower() in (".mp4", ".avi") and not path.name.startswith("."):
+                    _check_name(path, str(path.relative_to(self.root)))
                     if path.stem in videos:
                         raise DataError(f"{path}: {videos[path.stem]} has the same name, so a trial cannot tell "
                                         "which is its video; remove one of them")
@@ -280,7 +543,22 @@ class Corpus:
         if len(challenges) != 1:
             raise DataError(f"{self.root}: must hold one folder VA_Estimation_Challenge with Train_Set and Validation_Set in it, "
                             f"but holds {len(challenges)}; put the official annotations there once")
-        return videos, challenges[0]
+        return videos, self._find_crops(folders, archives), challenges[0]
+
+    def _find_crops(self, folders: list[Path], archives: list[Path]) -> dict[str, list[Crops]]:
+        "Face pictures by trial; of several places the first is used, and a folder comes before an archive."
+        places: list[dict[str, list[Crops]]] = []
+        for folder in folders:
+            found, inside = _list_folder(folder)
+            places.append(found)
+            archives = archives + inside
+        for archive in {os.path.realpath(archive): archive for archive in archives}.values():  # a link leads to the same one
+            try:
+                places.append(_list_archive(archive))
+            except DataError as error:
+                self.faults.append(str(error))
+        names = sorted({name for found in places for name in found})
+        return {name: [crops for found in places for crops in found.get(name, [])] for name in names}
 
     def _find_test_list(self) -> Path | None:
         found = []
@@ -312,52 +590,139 @@ class Corpus:
         self,
         split: str = "all",  # one of `SPLITS`, or "all"
     ) -> list[Trial]:  # sorted by name
-        "The trials of a split."
+        "The trials of a split. An archive that cannot be believed raises `DataError`: nobody knows whose faces are in it."
+        if self.faults:
+            raise DataError(self.faults[0])
         if split not in (*SPLITS, "all"):
             raise DataError(f"{split!r} is not a split; choose {', '.join(SPLITS)} or all")
         return [trial for trial in self._trials if split in (trial.split, "all")]
 
-    def check(self) -> pd.DataFrame:  # one row a trial, then one for each video without a trial
-        "Look at every annotation and every video. Faults that make a trial unusable stand in column `problem`, what is worth knowing in `oddities`."
-        table = [self._check_trial(trial) for trial in progress(self._trials, "checking")]
-        idle = set(self.videos.values()) - {trial.video for trial in self._trials}
-        table += [dict(trial="", split="", video=str(video.relative_to(self.root)), oddities="no trial belongs to this video", problem="")
-                  for video in sorted(idle)]
-        return pd.DataFrame(table, columns=["trial", "split", "video", "rows", "frames", "rate", "labelled", "oddities", "problem"]
-                            ).astype({"rows": "Int64", "frames": "Int64", "rate": float, "labelled": float})
+    def check(
+        self,
+        look: Callable[[Trial], str] | None = None,  # another look at each trial: an oddity, "", or `DataError`
+        workers: int = 1,  # processes; 0 = one a core
+    ) -> pd.DataFrame:  # one row a trial, then one for each thing that belongs to none
+        "Look at every annotation and every video. What makes a trial unusable stands in `problem`, what is worth knowing in `oddities`."
+        splits: dict[str, set] = {}
+        for trial in self._trials:
+            splits.setdefault(trial.group, set()).add("train" if trial.split in ("dev", "calibration") else trial.split)
+        within = lambda path: str(path).removeprefix(f"{self.root}/")
+        places = {name: [within(crops.source) for crops in found] for name, found in self.crops.items()}
+        tasks = [(trial, self.test_rows[trial.id], sorted(splits[trial.group]), places.get(trial.id, []), bool(places), look)
+                 for trial in self._trials]
+        table = parallel_map(_check_trial, tasks, workers, "checking")
+        used, known = {trial.video for trial in self._trials}, {trial.id for trial in self._trials}
+        idle = [(within(video), "no trial belongs to this video") for video in sorted(set(self.videos.values()) - used)]
+        idle += [(within(crops.source) + f" ({name})" * (crops.places is not None), "no trial belongs to these face pictures")
+                 for name, found in self.crops.items() if name not in known for crops in found]
+        table += [dict(trial="", split="", video=path, odd=[(kind, kind)], problem="") for path, kind in idle]
+        table += [dict(trial="", split="", video="", odd=[], problem=fault) for fault in self.faults]
+        for row in table:
+            row["video"], row["oddities"] = within(row["video"]), "; ".join(text for _, text in row["odd"])
+        return pd.DataFrame(table, columns=[*_COLUMNS, "oddities", "problem", "odd"]).astype(_COLUMNS)
 
-    def _check_trial(self, trial: Trial) -> dict:
-        row = dict(trial=trial.id, split=trial.split, video=str(trial.video.relative_to(self.root)) if trial.video else "")
-        oddities, problems = [], []
+
+_COLUMNS = dict(trial=str, split=str, video=str, rows="Int64", frames="Int64", rate=float, seconds=float, labelled=float, faces=float,
+                sound_rate="Int64", channels="Int64")
+_USUAL_RATES = np.outer([24, 25, 30, 50, 60], [1, 1000 / 1001])
+
+
+def _check_trial(
+    task: tuple[Trial, int, list[str], list[str], bool, Callable[[Trial], str] | None],
+) -> dict:  # a row of the table; `odd`: pairs of a kind and a sentence
+    trial, rows, splits, places, crops_are_given, look = task
+    row = dict(trial=trial.id, split=trial.split, video=str(trial.video or ""))
+    odd, problems = [], []
+
+    def note(kind, text=None):
+        odd.append((kind, text or kind))
+
+    try:
+        if trial.split != "test":
+            va, valid = read_annotation(trial.annotation)
+            rows = len(va)
+            row |= dict(labelled=valid.mean())
+            if not valid.any():
+                note("no row is labelled")
+        row |= dict(rows=rows)
+    except DataError as error:
+        problems.append(str(error))
+    try:
+        info = video_info(video_of(trial))
+        row |= dict(frames=info.frames, rate=info.rate, seconds=info.duration, sound_rate=info.sound_rate, channels=info.channels)
+        if surplus := row.get("rows", info.frames) - info.frames:
+            note("rows and pictures differ", f"{abs(surplus)} row{'s'[:abs(surplus) - 1]} {'more' if surplus > 0 else 'fewer'} than pictures")
+        if info.variable:
+            note("variable frame rate")
+        elif np.abs(_USUAL_RATES / info.rate - 1).min() > 0.002:
+            note("unusual frame rate", f"{info.rate:.2f} pictures a second")
+        if info.turned:
+            note("turned pictures", f"turned by {info.turned} degrees")
+        if info.sound_tracks > 1:
+            note("several sound tracks", f"{info.sound_tracks} sound tracks")
+        if not info.has_sound:
+            note("no sound")
+        else:
+            late, missing = info.sound_start - info.start, info.start + info.duration - (info.sound_end or np.inf)
+            if abs(late) > 1 / info.rate:
+                when = "late" if late > 0 else "early"
+                note(f"sound starts {when}", f"sound starts {abs(late):.2f} s {when}")
+            if missing > max(0.5, 0.01 * info.duration):
+                note("sound ends early", f"sound ends {missing:.2f} s early")
+        if trial.crops is not None:
+            length = max(row.get("rows", 0), info.frames)
+            row |= dict(faces=(trial.crops.numbers <= info.frames).sum() / info.frames)
+            if beyond := int((trial.crops.numbers > length).sum()):
+                note("face pictures beyond the end", f"{beyond} face picture{'s'[:beyond - 1]} beyond the last row and picture")
+            if trial.crops.others:
+                note("other files among face pictures", f"{trial.crops.others} of the files among the face pictures are not <number>.jpg")
+            if len(places) > 1:
+                note("face pictures in several places", f"face pictures in {len(places)} places, of which {places[0]} is used")
+        elif crops_are_given:
+            note("no face pictures", "no face pictures, so that a detector has to look for the face")
+    except DataError as error:
+        problems.append(str(error))
+    if len(splits) > 1:
+        note("in several splits", f"shares a subject or a video across {' and '.join(splits)}")
+    if look is not None and not problems:
         try:
-            if trial.split == "test":
-                row |= dict(rows=self.test_rows[trial.id])
-            else:
-                va, valid = read_annotation(trial.annotation)
-                row |= dict(rows=len(va), labelled=valid.mean())
-                if not valid.any():
-                    oddities.append("no row is labelled")
+            if seen := look(trial):
+                note("seen by decoding", seen)
         except DataError as error:
             problems.append(str(error))
-        try:
-            info = video_info(video_of(trial))
-            row |= dict(frames=info.frames, rate=info.rate)
-            if surplus := row.get("rows", info.frames) - info.frames:
-                oddities.append(f"{abs(surplus)} row{'s'[:abs(surplus) - 1]} {'more' if surplus > 0 else 'fewer'} than pictures")
-            if info.variable:
-                oddities.append("variable frame rate")
-            if not info.has_sound:
-                oddities.append("no sound")
-            elif info.sound_start - info.start > 1 / info.rate:
-                oddities.append(f"sound starts {info.sound_start - info.start:.2f} s late")
-        except DataError as error:
-            problems.append(str(error))
-        official = {other.split if other.split in ("validation", "test") else "train" for other in self._trials if other.group == trial.group}
-        if len(official) > 1:
-            oddities.append(f"shares a subject or a video across {' and '.join(sorted(official))}")
-        return row | dict(oddities="; ".join(oddities), problem="; ".join(problems))
+    return row | dict(odd=odd, problem="; ".join(problems))
 
-# %% ../nbs/02_affwild2.ipynb #a610d160
+# %% ../nbs/02_affwild2.ipynb #9afd55c8
+def _share(shares: pd.Series, counts: pd.Series) -> float:
+    "Mean share, weighted; NaN where none is known."
+    known = shares.notna() & counts.notna()
+    return float(np.average(shares[known], weights=counts[known].astype(float))) if counts[known].sum() else np.nan
+
+
+def summarise(
+    table: pd.DataFrame,  # from `Corpus.check`
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # what there is by split; which oddities, how often, for example where
+    "The report table in two short ones."
+    splits = [split for split in SPLITS if (table.split == split).any()]
+    broken, odd = table.problem != "", table.oddities != ""
+    rows, kinds = [], {}
+    for split in splits:
+        part, bad, strange = (values[table.split == split] for values in (table, broken, odd))
+        rates, videos = part.rate.dropna(), part.drop_duplicates("video")
+        rows.append(dict(
+            split=split, trials=len(part), videos=int((videos.video != "").sum()), hours=videos.seconds.sum() / 3600, rows=part.rows.sum(),
+            labelled=_share(part.labelled, part.rows), pictures=part.frames.sum(), faces=_share(part.faces, part.frames),
+            rate=f"{rates.min():.4g}-{rates.max():.4g}" if len(rates) else "",
+            silent=int((part.frames.notna() & part.sound_rate.isna()).sum()),
+            clean=int((~bad & ~strange).sum()), odd=int((strange & ~bad).sum()), broken=int(bad.sum())))
+    for row in table.itertuples():
+        for kind, text in row.odd:
+            none = dict.fromkeys([*splits, "elsewhere"], 0)
+            about = kinds.setdefault(kind, dict(odd=kind, example=f"{row.trial or row.video}: {text}") | none)
+            about[row.split or "elsewhere"] += 1
+    return pd.DataFrame(rows), pd.DataFrame([kinds[kind] for kind in sorted(kinds)], columns=["odd", *splits, "elsewhere", "example"])
+
+# %% ../nbs/02_affwild2.ipynb #1772bc63
 def write_submission(
     path: str | Path,  # the file to write
     test_list: str | Path | None,  # the organisers' list; None, as of a corpus without one, raises `DataError`

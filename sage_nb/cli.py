@@ -6,28 +6,55 @@
 from __future__ import annotations
 import argparse, os, sys
 from pathlib import Path
-from .core import DataError
+from .core import DataError, write_json
 
 # %% auto #0
 __all__ = ['check', 'main']
 
 # %% ../nbs/22_cli.ipynb #d9739a85
+def _line(text: object) -> str:
+    "One line that a terminal and a file can hold, whatever there is in a name."
+    return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(text))
+
+
+def _plain(value):
+    "What JSON can hold: no missing values of pandas, no numbers of numpy."
+    return None if value != value else value.item() if hasattr(value, "item") else value
+
+
+def _records(table) -> list[dict]:
+    values = table.astype(object).where(table.notna(), float("nan"))
+    return [{name: _plain(value) for name, value in row.items()} for row in values.to_dict("records")]
+
+
 def check(
     root: str | Path,  # a folder in Aff-Wild2's layout
-) -> int:  # 0 = clean, 1 = oddities, 2 = a trial is unusable
-    "Print a corpus' report table, with what is wrong under it."
-    from sage_nb.affwild2 import Corpus
+    json: str | Path | None = None,  # a file for the machine-readable copy
+    decode: bool = False,  # decode everything, which takes hours instead of a minute
+) -> int:  # 0 = clean, 1 = oddities, 2 = a trial is broken
+    "Print what is there, what is odd and what is broken in a corpus."
+    from sage_nb.affwild2 import Corpus, summarise
 
-    table = Corpus(root).check()
-    unusable, odd = table.problem != "", table.oddities != ""
-    show = table.drop(columns="problem").assign(oddities=table.oddities.mask(unusable, "UNUSABLE"))
-    print(show.to_string(index=False, na_rep="", float_format="{:.2f}".format), flush=True)
-    trials = table.trial != ""
-    print(f"\n{root}: {trials.sum()} trials, {(trials & ~unusable & ~odd).sum()} clean, "
-          f"{(trials & odd & ~unusable).sum()} with oddities, {unusable.sum()} unusable; {(~trials).sum()} videos without a trial")
-    for problem in table.problem[unusable]:
-        print(f"sage-nb: {problem}", file=sys.stderr)
-    return 2 if unusable.any() else int(odd.any())
+    corpus, look = Corpus(root), None
+    if decode:
+        from sage_nb.media import look_closely as look
+    table = corpus.check(look, workers=0 if len(corpus.videos) >= (8 if decode else 100) else 1)  # processes take a second to start
+    broken, strange = table.problem != "", table.oddities != ""
+    there, kinds = summarise(table)
+    code = 2 if broken.any() else int(strange.any())
+    if json:
+        trials = [row | {"oddities": [dict(kind=kind, text=text) for kind, text in odd]}
+                  for row, odd in zip(_records(table.drop(columns="odd")), table.odd)]
+        write_json(json, dict(root=_line(root), exit_code=code, splits=_records(there), trials=trials))
+    for part in (there, kinds):
+        if len(part):
+            print(part.to_string(index=False, na_rep="", float_format="{:.3g}".format), end="\n\n")
+    trials, idle = table.trial != "", table.oddities == "no trial belongs to this video"
+    print(f"{_line(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
+          f"{broken.sum()} unusable; {idle.sum()} videos without a trial", flush=True)
+    for problem in table.problem[broken]:
+        print(f"sage-nb: {_line(problem)}", file=sys.stderr)
+    return code
 
 # %% ../nbs/22_cli.ipynb #0e123046
 def _count(text: str) -> tuple[str, int]:
@@ -46,6 +73,8 @@ def main(
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     checking = commands.add_parser("check", help="look at every file of a corpus; exit code 0 = clean, 1 = oddities, 2 = unusable")
     checking.add_argument("root", help="folder in Aff-Wild2's layout")
+    checking.add_argument("--json", metavar="FILE", help="write all that is known of every trial to this file")
+    checking.add_argument("--decode", action="store_true", help="decode every picture and all sound as well (hours for a large corpus)")
     sampling = commands.add_parser("sample", help="render a sample corpus")
     sampling.add_argument("out", help="folder to make; it must not exist")
     sampling.add_argument("--seed", type=int, default=0, help="another seed, other people (default: 0)")
@@ -56,13 +85,13 @@ def main(
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "check":
-            return check(chosen.root)
+            return check(chosen.root, chosen.json, chosen.decode)
         from sage_nb.sample import make_sample
 
         make_sample(chosen.out, seed=chosen.seed, subjects=dict(chosen.subjects), nuisances=not chosen.no_nuisances, seconds=tuple(chosen.seconds))
         return 0
     except DataError as error:
-        print(f"sage-nb: {error}", file=sys.stderr)
+        print(f"sage-nb: {_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

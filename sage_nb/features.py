@@ -18,13 +18,13 @@ __all__ = ['CUES', 'CUE_OWNERS', 'prepare_corpus', 'read_prepared', 'train_encod
            'encode_corpus', 'load_sequences', 'load_sequence']
 
 # %% ../nbs/08_features.ipynb #56ab2372
-def _prepare(task: tuple[Trial, Path, int]) -> None:
-    trial, folder, detect_every = task
+def _prepare(task: tuple[Trial, Path, int, str | None]) -> None:
+    trial, folder, detect_every, face_model = task
     path = folder / f"{trial.id}.safetensors"
     if path.exists():
         return
     cv2.setNumThreads(1)  # there is a process a core
-    arrays = read_trial(trial, detect_every=detect_every)
+    arrays = read_trial(trial, detect_every=detect_every, face_model=face_model)
     meta = {"sound_start": float(arrays.pop("sound_start")), "has_sound": bool(arrays.pop("has_sound"))}
     write_arrays(path, arrays, meta)
 
@@ -34,11 +34,12 @@ def prepare_corpus(
     folder: str | Path,  # where the trials go; those already there are kept
     detect_every: int = 5,  # frames between face detections
     workers: int = 0,  # processes; 0 = one a core
+    face_model: str | None = None,  # a YuNet file that finds the faces; default: the cascade
 ) -> dict:  # trial -> split, group, subject
     "Decode every trial of a corpus into `folder` and write its index."
     folder = Path(folder)
     trials = corpus.trials("all")
-    parallel_map(_prepare, [(t, folder, detect_every) for t in trials], workers, "decoding")
+    parallel_map(_prepare, [(t, folder, detect_every, face_model) for t in trials], workers, "decoding")
     index = {t.id: dict(split=t.split, group=t.group, subject=t.subject) for t in trials}
     write_json(folder / "index.json", index)
     return index

@@ -5,18 +5,20 @@
 # %% ../nbs/03_media.ipynb #6287ced8
 from __future__ import annotations
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import av
 import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from .affwild2 import Trial, check_complete, open_video, read_annotation, reconcile, stores_no_times, video_info, video_of
+from .affwild2 import (Clock, Crops, Trial, check_complete, open_video, read_annotation, read_crop_files, reconcile, sound_track,
+                              stores_no_times, video_info, video_of)
 from .core import DataError
 
 # %% auto #0
-__all__ = ['Frame', 'read_frames', 'Sound', 'read_sound', 'Face', 'FaceFinder', 'crop_face', 'read_trial']
+__all__ = ['Frame', 'read_frames', 'Sound', 'read_sound', 'Cascade', 'YuNet', 'Face', 'FaceFinder', 'crop_face', 'read_crops',
+           'whole_box', 'read_trial', 'look_closely']
 
 # %% ../nbs/03_media.ipynb #d6c93723
 @dataclass(frozen=True)
@@ -33,25 +35,25 @@ def read_frames(
     "Decode a video. A damaged or truncated file raises `DataError` at the picture where it stops."
     with open_video(path) as container:
         stream = container.streams.video[0]
-        period = 1 / float(stream.average_rate or 25)
-        to_rgb = VideoReformatter()
+        clock, to_rgb = Clock(stream), VideoReformatter()
         ordered, stamps = stores_no_times(container), deque()
-        number, time, last = 0, -np.inf, None
+        number, hidden, last = 0, 0, None
         try:
             for packet in container.demux(stream):
                 if packet.size:
-                    last = packet.dts
+                    last, hidden = packet.dts, hidden + packet.is_discard
                     stamps.append(last)
                 for picture in packet.decode():
                     in_order = stamps.popleft() if stamps else None
-                    stamp = in_order if ordered else picture.pts
-                    shown = -np.inf if stamp is None else float(stamp * stream.time_base)
-                    time = shown if shown > time else max(time, -period) + period
+                    time = clock(in_order if ordered else picture.pts)
                     number += 1
-                    yield Frame(number, time, to_rgb.reformat(picture, format="rgb24").to_ndarray())
+                    image = to_rgb.reformat(picture, format="rgb24").to_ndarray()
+                    if picture.rotation % 360:
+                        image = np.ascontiguousarray(np.rot90(image, round(picture.rotation / 90)))
+                    yield Frame(number, time, image)
         except av.FFmpegError as error:
             raise DataError(f"{path}: decoding stops after picture {number} ({error.strerror}); copy the file again") from None
-        check_complete(path, stream, number, last)
+        check_complete(path, stream, number, last, hidden)
 
 # %% ../nbs/03_media.ipynb #f2205805
 @dataclass(frozen=True)
@@ -73,35 +75,42 @@ class Sound:
         return inside
 
 
+_LONGEST = 4 * 3600  # seconds of sound; damaged stamps can ask for more than there is memory
+
+
 def read_sound(
     path: str | Path,
     rate: int = 16000,  # samples per second wanted
 ) -> Sound | None:  # None: the video has no sound
-    "Decode the first sound track of a video. A damaged one raises `DataError`."
+    "Decode the sound of a video, of several tracks the one in use (see `affwild2.sound_track`). A damaged one raises `DataError`."
     pieces: list[tuple[float, list[np.ndarray]]] = []  # start time, resampled chunks
     resampler = kind = None
     begin, heard = 0.0, 0.0  # the present piece: its start and its length so far, seconds
 
-    def flush():
-        if resampler is not None:
-            pieces[-1][1].extend(chunk.to_ndarray()[0] for chunk in resampler.resample(None))
+    def take(chunk):
+        for part in resampler.resample(chunk):
+            mono = part.to_ndarray()[0]
+            pieces[-1][1].append(mono if channels == 1 else np.clip(mono * np.float32(0.5**0.5), -1, 1))
 
     with open_video(path) as container:
-        if not container.streams.audio:
+        track = sound_track(container)
+        if track is None:
             return None
         try:
-            for chunk in container.decode(container.streams.audio[0]):
+            for chunk in container.decode(track):
                 time = begin + heard if chunk.pts is None else float(chunk.pts * chunk.time_base)
                 new_kind = (chunk.format.name, chunk.layout.name, chunk.sample_rate)
                 if new_kind != kind or abs(time - begin - heard) > 0.01:
-                    flush()
-                    kind, begin, heard = new_kind, time, 0.0
+                    if resampler is not None:
+                        take(None)
+                    kind, channels, begin, heard = new_kind, chunk.layout.nb_channels, time, 0.0
                     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
                     pieces.append((begin, []))
                 heard += chunk.samples / chunk.sample_rate
                 chunk.pts = None
-                pieces[-1][1].extend(part.to_ndarray()[0] for part in resampler.resample(chunk))
-            flush()
+                take(chunk)
+            if resampler is not None:
+                take(None)
         except av.FFmpegError as error:
             raise DataError(f"{path}: decoding of the sound stops at {begin + heard:.2f} s ({error.strerror}); "
                             "copy the file again") from None
@@ -109,6 +118,8 @@ def read_sound(
     if not placed:
         return None
     start = min(time for time, _ in placed)
+    if max(time for time, _ in placed) - start > _LONGEST:
+        raise DataError(f"{path}: its sound is stamped over more than {_LONGEST // 3600} hours; copy the file again, or cut it")
     spans = [(round((time - start) * rate), values) for time, values in placed]
     samples = np.zeros(max(position + len(values) for position, values in spans), np.float32)
     ok = np.zeros(len(samples), bool)
@@ -118,12 +129,76 @@ def read_sound(
     return Sound(samples, ok, rate, start)
 
 # %% ../nbs/03_media.ipynb #36faedf5
+class Cascade:
+    "OpenCV's frontal-face cascade."
+
+    side = 120  # it sees the picture with its shorter side at so many pixels
+
+    def __init__(self):
+        self._cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+
+    def __call__(
+        self,
+        image: np.ndarray,  # [H, W, 3] uint8, RGB
+        least: float = 0.0,  # width of the smallest face wanted, pixels
+        most: float = np.inf,  # and of the largest
+    ) -> tuple[np.ndarray, np.ndarray]:  # boxes [N, 4] float64 (x, y, width, height in pixels), scores [N]: all 1
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        zoom = self.side / min(grey.shape)
+        seen = cv2.resize(grey, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
+        largest = most * zoom if most < np.inf else max(seen.shape)
+        boxes = self._cascade.detectMultiScale(seen, 1.2, 3, minSize=(round(least * zoom),) * 2, maxSize=(round(largest),) * 2)
+        boxes = np.reshape(boxes, (-1, 4)) / zoom
+        return boxes, np.ones(len(boxes))
+
+
+class YuNet:
+    "YuNet through OpenCV's `FaceDetectorYN`. A file that is no such model raises `DataError`."
+
+    side = 320  # it sees a picture whose shorter side is longer at so many pixels
+
+    def __init__(
+        self,
+        model: str | Path,  # the ONNX file
+        sure: float = 0.6,  # least score of a face, of 1
+    ):
+        self.model = Path(model)
+        if not self.model.is_file():
+            raise DataError(f"{model}: no such face model; put face_detection_yunet_2023mar.onnx of OpenCV's model zoo there")
+        try:
+            self._net = cv2.FaceDetectorYN.create(str(model), "", (self.side, self.side), sure)
+        except cv2.error:
+            raise self._fault() from None
+
+    def _fault(self) -> DataError:
+        return DataError(f"{self.model}: not a YuNet model that OpenCV {cv2.__version__} can run; "
+                         "take face_detection_yunet_2023mar.onnx of OpenCV's model zoo")
+
+    def __call__(
+        self,
+        image: np.ndarray,  # [H, W, 3] uint8, RGB
+        least: float = 0.0,  # width of the smallest face wanted, pixels
+        most: float = np.inf,  # and of the largest
+    ) -> tuple[np.ndarray, np.ndarray]:  # boxes [N, 4] float64 (x, y, width, height in pixels), scores [N]
+        zoom = min(self.side / min(image.shape[:2]), 1.0)
+        seen = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
+        self._net.setInputSize(seen.shape[1::-1])
+        try:
+            _, faces = self._net.detect(seen)
+        except cv2.error:
+            raise self._fault() from None
+        faces = np.zeros((0, 15)) if faces is None else faces.astype(float)
+        boxes, scores = faces[:, :4] / zoom, faces[:, 14].clip(0, 1)
+        wanted = (boxes[:, 2] >= least) & (boxes[:, 2] <= most) & (boxes[:, 3] > 0)
+        return boxes[wanted], scores[wanted]
+
+# %% ../nbs/03_media.ipynb #6aaf40d9
 @dataclass(frozen=True)
 class Face:
     "Where the face is in one picture."
     found: bool
     box: tuple[float, float, float, float]  # x, y, width, height in pixels; zeros when not found
-    score: float  # 1 = detected here, else correlation with the last detected face; 0 when not found
+    score: float  # the detector's if detected here (the cascade's is 1), else correlation with the last detected face; 0 when not found
 
 
 _NO_FACE = Face(False, (0.0, 0.0, 0.0, 0.0), 0.0)
@@ -137,27 +212,79 @@ def _peak(
     return 0.5 * (left - right) / bend if bend < 0 else 0.0
 
 
+class _Track:
+    "One face, followed from picture to picture."
+
+    correlation = 0.6  # least correlation with the face when it was last detected
+    contrast = 5.0  # least standard deviation over the face, grey levels of 255
+
+    def __init__(self):
+        self.box = self.template = None  # last known place [x, y, width, height]; the face at its last detection
+        self.found, self.missing = False, 0  # and for how many pictures it has not been found
+
+    def follow(self, small: np.ndarray, scale: float) -> float:
+        "Move the box to where the template fits best near it; the correlation there, 0 if it does not fit."
+        if self.template is None:
+            return 0.0
+        size = np.array(self.template.shape[::-1])
+        centre = (self.box[:2] + self.box[2:] / 2) * scale
+        reach = size / 2 + size * (0.3 if self.found else 1.0)
+        left, top = np.maximum(centre - reach, 0).astype(int)
+        right, bottom = np.ceil(centre + reach).astype(int)
+        area = small[top:bottom, left:right]
+        if area.shape[0] < size[1] or area.shape[1] < size[0]:
+            return 0.0
+        fit = cv2.matchTemplate(area, self.template, cv2.TM_CCOEFF_NORMED)
+        _, best, _, (x, y) = cv2.minMaxLoc(fit)
+        seen = area[y : y + size[1], x : x + size[0]]
+        if not best >= self.correlation or seen.std() < self.contrast:
+            return 0.0
+        offset = np.array([x, y], float)
+        if 0 < x < fit.shape[1] - 1:
+            offset[0] += _peak(*fit[y, x - 1 : x + 2].tolist())
+        if 0 < y < fit.shape[0] - 1:
+            offset[1] += _peak(*fit[y - 1 : y + 2, x].tolist())
+        self.box[:2] = (offset + (left, top) + size / 2) / scale - self.box[2:] / 2
+        return min(float(best), 1.0)
+
+    def take(self, box: np.ndarray, small: np.ndarray, scale: float, followed: bool) -> bool:
+        "Be at a detected box, corrected by it if followed there; not if there is nothing to follow."
+        if self._cut(small, box * scale).std() < self.contrast:
+            return False
+        self.box = (box + self.box) / 2 if followed else box  # detections jump by some pixels, tracks do not
+        self.template = self._cut(small, self.box * scale)
+        return True
+
+    def seen(self, found: bool) -> None:
+        self.found, self.missing = found, 0 if found else self.missing + 1
+
+    def away(self, boxes: np.ndarray) -> np.ndarray:
+        "Distance of boxes [N, 4] from the last known place, in its widths."
+        return np.linalg.norm(boxes[:, :2] + boxes[:, 2:] / 2 - self.box[:2] - self.box[2:] / 2, axis=1) / self.box[2]
+
+    @staticmethod
+    def _cut(small: np.ndarray, box: np.ndarray) -> np.ndarray:
+        return cv2.getRectSubPix(small, tuple(np.round(box[2:]).astype(int).tolist()), tuple((box[:2] + box[2:] / 2 - 0.5).tolist()))
+
+
 class FaceFinder:
     "Finds one person's face, picture after picture; call it with every picture of a video in order."
 
-    detection_side = 120  # the detector sees the picture with its shorter side at so many pixels
-    tracking_side = 60  # and the tracker at so many
+    tracking_side = 60  # faces are followed in the picture with its shorter side at so many pixels
     smallest = 0.2  # least face width, in shorter sides of the picture
-    correlation = 0.6  # least correlation with the last detected face
-    contrast = 5.0  # least standard deviation over the face, grey levels of 255
     patience = 30  # pictures without the face after which one elsewhere, over a box width away, is taken for it
 
     def __init__(
         self,
         detect_every: int = 5,  # pictures from one detection to the next while a face is followed
         side: str | None = None,  # "left" or "right" of two people; None: one person
+        detector: Callable | None = None,  # called like `Cascade`; default: that
+        several: bool = False,  # whether other faces are followed as well, and not taken for this one
     ):
         if detect_every < 1:
             raise DataError(f"detect_every is {detect_every}, but must be 1 (detect in every picture) or more; change it")
-        self.detect_every, self.side = detect_every, side
-        self._cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-        self._box = self._template = None  # last known place [x, y, width, height]; the face at its last detection
-        self._found, self._missing = False, 0  # and for how many pictures it has not been found
+        self.detect_every, self.side, self.detector, self.several = detect_every, side, detector or Cascade(), several
+        self._person, self._others = _Track(), []
         self._interval, self._pause = 1, 0  # pictures between detections, and until the next
 
     def __call__(
@@ -168,75 +295,66 @@ class FaceFinder:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         scale = self.tracking_side / min(grey.shape)
         small = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        score = 0.0 if self._template is None else self._track(small, scale)
-        if self._found and not score:  # just lost: look at once
+        person = self._person
+        score = person.follow(small, scale)
+        for other in self._others:
+            other.seen(other.follow(small, scale) > 0)
+        if person.found and not score:  # just lost: look at once
             self._interval, self._pause = 1, 0
         if self._pause == 0:
-            if self._detect(grey, small, scale, followed=score > 0):
-                score = 1.0
+            score = self._detect(image, small, scale, followed=score > 0) or score
             self._pause = self._interval = self.detect_every if score else min(2 * self._interval, self.detect_every)
         self._pause -= 1
-        self._found = score > 0
-        self._missing = 0 if self._found else self._missing + 1
-        return Face(True, tuple(self._box.tolist()), score) if self._found else _NO_FACE
+        person.seen(score > 0)
+        gone = person.missing >= 10 * self.patience  # then even a bystander may be the one
+        self._others = [other for other in self._others if other.missing < self.patience and not gone]
+        return Face(True, tuple(person.box.tolist()), score) if person.found else _NO_FACE
 
-    def _track(self, small: np.ndarray, scale: float) -> float:
-        "Move the box to where the template fits best near it; the correlation there, 0 if it does not fit."
-        size = np.array(self._template.shape[::-1])
-        centre = (self._box[:2] + self._box[2:] / 2) * scale
-        reach = size / 2 + size * (0.3 if self._found else 1.0)
-        left, top = np.maximum(centre - reach, 0).astype(int)
-        right, bottom = np.ceil(centre + reach).astype(int)
-        area = small[top:bottom, left:right]
-        if area.shape[0] < size[1] or area.shape[1] < size[0]:
-            return 0.0
-        fit = cv2.matchTemplate(area, self._template, cv2.TM_CCOEFF_NORMED)
-        _, best, _, (x, y) = cv2.minMaxLoc(fit)
-        seen = area[y : y + size[1], x : x + size[0]]
-        if not best >= self.correlation or seen.std() < self.contrast:
-            return 0.0
-        offset = np.array([x, y], float)
-        if 0 < x < fit.shape[1] - 1:
-            offset[0] += _peak(*fit[y, x - 1 : x + 2].tolist())
-        if 0 < y < fit.shape[0] - 1:
-            offset[1] += _peak(*fit[y - 1 : y + 2, x].tolist())
-        self._box[:2] = (offset + (left, top) + size / 2) / scale - self._box[2:] / 2
-        return min(float(best), 1.0)
-
-    def _detect(self, grey: np.ndarray, small: np.ndarray, scale: float, followed: bool) -> bool:
-        "Detect; on success set box and template. A face that is being followed is only corrected, by a detection close to it."
-        zoom = self.detection_side / min(grey.shape)
-        seen = cv2.resize(grey, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
-        least, most = self.smallest * self.detection_side, max(seen.shape)
-        if followed:  # only what could be this face: faster, and fewer false alarms
-            least, most = 0.7 * self._box[2] * zoom, 1.4 * self._box[2] * zoom
-        boxes = self._cascade.detectMultiScale(seen, 1.2, 3, minSize=(round(least),) * 2, maxSize=(round(most),) * 2)
-        boxes = np.reshape(boxes, (-1, 4)) / zoom
+    def _detect(self, image: np.ndarray, small: np.ndarray, scale: float, followed: bool) -> float:
+        "Detect; on success move the track and give the score. A face that is being followed is only corrected, by a detection close to it."
+        person, width = self._person, image.shape[1]
+        least, most = self.smallest * min(image.shape[:2]), np.inf
+        if followed and not self.several:  # only what could be this face: faster, and fewer false alarms
+            least, most = 0.7 * person.box[2], 1.4 * person.box[2]
+        boxes, scores = self.detector(image, least, most)
+        mine = self._not_of_others(boxes, small, scale, followed)
+        allowed = mine.copy()
         if self.side and len(boxes) and not followed:
             middles = boxes[:, 0] + boxes[:, 2] / 2
-            border = (middles.min() + middles.max()) / 2 if len(boxes) > 1 else grey.shape[1] / 2
-            boxes = boxes[middles < border if self.side == "left" else middles >= border]
-        away = np.zeros(len(boxes))  # from the last known place, in box widths
-        if self._box is not None:
-            away = np.linalg.norm(boxes[:, :2] + boxes[:, 2:] / 2 - self._box[:2] - self._box[2:] / 2, axis=1) / self._box[2]
-            near = away < (0.5 if followed else 1 if self._missing < self.patience else np.inf)
-            boxes, away = boxes[near], away[near]
-        if not len(boxes):
-            return False
-        merit = boxes[:, 2] * np.exp(-away)
-        box = boxes[merit.argmax()]
-        template = self._cut(small, box * scale)
-        if template.std() < self.contrast:
-            return False
-        self._box = (box + self._box) / 2 if followed else box  # detections jump by some pixels, tracks do not
-        self._template = self._cut(small, self._box * scale)
-        return True
+            known = np.r_[middles, [other.box[0] + other.box[2] / 2 for other in self._others]]
+            border = (known.min() + known.max()) / 2 if len(known) > 1 else width / 2
+            allowed &= middles < border if self.side == "left" else middles >= border
+        away = np.zeros(len(boxes))
+        if person.box is not None:
+            away = person.away(boxes)
+            allowed &= away < (0.5 if followed else 1 if person.missing < self.patience else np.inf)
+        chosen = None
+        if allowed.any():
+            chosen = np.flatnonzero(allowed)[(boxes[:, 2] * np.exp(-away))[allowed].argmax()]
+            if not person.take(boxes[chosen], small, scale, followed):
+                chosen = None
+        if self.several and (followed or chosen is not None):  # nobody is somebody else before the person has been seen
+            for index in np.flatnonzero(mine & (away >= 0.5) if person.box is not None else mine):
+                if index != chosen:
+                    other = _Track()
+                    if other.take(boxes[index], small, scale, followed=False):
+                        self._others.append(other)
+        return 0.0 if chosen is None else float(scores[chosen])
 
-    @staticmethod
-    def _cut(small: np.ndarray, box: np.ndarray) -> np.ndarray:
-        return cv2.getRectSubPix(small, tuple(np.round(box[2:]).astype(int).tolist()), tuple((box[:2] + box[2:] / 2 - 0.5).tolist()))
+    def _not_of_others(self, boxes: np.ndarray, small: np.ndarray, scale: float, followed: bool) -> np.ndarray:
+        "[N] bool: which boxes belong to none of the other faces; these are corrected by theirs."
+        free = np.ones(len(boxes), bool)
+        nearest = self._person.away(boxes) if followed else np.full(len(boxes), np.inf)
+        for other in self._others:
+            away = other.away(boxes)
+            away[~free | (nearest < away)] = np.inf
+            if len(boxes) and away.min() < 0.5:
+                free[away.argmin()] = False
+                other.take(boxes[away.argmin()], small, scale, followed=other.found)
+                other.seen(True)
+        return free
 
-# %% ../nbs/03_media.ipynb #6aaf40d9
+# %% ../nbs/03_media.ipynb #4628af47
 def crop_face(
     image: np.ndarray,  # [H, W, 3] uint8
     box: tuple[float, float, float, float],  # x, y, width, height in pixels
@@ -255,12 +373,49 @@ def crop_face(
         square = image[top : top + side, left : left + side]
     return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA)
 
-# %% ../nbs/03_media.ipynb #4628af47
+# %% ../nbs/03_media.ipynb #136a0a27
+_SIDE = 4096  # pixels; no picture of a face has a longer side
+
+
+def _jpg_side(content: bytes) -> int:
+    "The longer side of a jpg in pixels as its header has it; 0 if there is no header, or no end."
+    at, end = 2, content.rstrip(b"\0")[-2:]
+    while content[:2] == b"\xff\xd8" and end == b"\xff\xd9" and content[at : at + 1] == b"\xff" and at + 9 <= len(content):
+        if 0xC0 <= content[at + 1] <= 0xCF and content[at + 1] not in (0xC4, 0xC8, 0xCC):  # a frame header
+            return max(int.from_bytes(content[at + 5 : at + 7]), int.from_bytes(content[at + 7 : at + 9]))
+        at += 2 + int.from_bytes(content[at + 2 : at + 4])
+    return 0
+
+
+def read_crops(
+    crops: Crops,
+    most: int | None = None,  # pictures beyond this number are left out
+) -> Iterator[Frame]:  # numbered, in order; they carry no time: NaN
+    "Decode a trial's given face pictures. One that cannot be decoded raises `DataError`."
+    for number, content in read_crop_files(crops):
+        if most is not None and number > most:
+            return
+        side = _jpg_side(content)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if 0 < side <= _SIDE else None
+        if image is None:
+            raise DataError(f"{crops.source}: {number:05d}.jpg is no complete jpg picture of at most {_SIDE} pixels a side; "
+                            "take the organisers' file again")
+        yield Frame(number, np.nan, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+
+
+def whole_box(
+    image: np.ndarray,  # [H, W, 3]
+) -> tuple[float, float, float, float]:
+    "The box of a picture that is all face."
+    return 0.0, 0.0, float(image.shape[1]), float(image.shape[0])
+
+# %% ../nbs/03_media.ipynb #e23a2071
 def read_trial(
     trial: Trial,
     size: int = 48,  # side of the face crops in pixels
     detect_every: int = 5,  # pictures between two face detections
     rate: int = 16000,  # samples per second of the sound
+    face_model: str | Path | None = None,  # a YuNet file, which then detects, and several faces are followed; None: the cascade
 ) -> dict[str, np.ndarray]:  # arrays by name, see below
     """One trial from its files, by original frame number. T = max(annotation rows, pictures).
 
@@ -273,28 +428,50 @@ def read_trial(
         va, valid = np.zeros((0, 2), np.float32), np.zeros(0, bool)
     else:
         va, valid = read_annotation(trial.annotation)
-    finder = FaceFinder(detect_every, trial.side)
-    times, faces, crops = [], [], []
-    for frame in read_frames(video):
-        face = finder(frame.image)
-        times.append(frame.time)
-        faces.append(face)
-        crops.append(crop_face(frame.image, face.box, size) if face.found else np.zeros((size, size, 3), np.uint8))
+    seen: dict[int, tuple[np.ndarray, tuple, float]] = {}  # picture -> crop, box, score
+    if trial.crops is None:
+        finder = FaceFinder(detect_every, trial.side, YuNet(face_model) if face_model else None, several=bool(face_model))
+        times = []
+        for frame in read_frames(video):
+            times.append(frame.time)
+            face = finder(frame.image)
+            if face.found:
+                seen[frame.number] = crop_face(frame.image, face.box, size), face.box, face.score
+    else:
+        times = video_info(video).times
+        for frame in read_crops(trial.crops, max(len(va), len(times))):
+            seen[frame.number] = crop_face(frame.image, whole_box(frame.image), size, margin=0), (np.nan,) * 4, 1.0
     sound = read_sound(video, rate)
     va, valid = reconcile(va, valid, len(times))
     extra = len(va) - len(times)
     period = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / video_info(video).rate
     time = np.r_[times, times[-1] + period * np.arange(1, extra + 1)]
 
-    def longer(values, kind):
-        values = np.array(values, kind)
-        return np.pad(values, [(0, extra)] + [(0, 0)] * (values.ndim - 1))
-
+    ok = np.zeros(len(va), bool)
+    crops, box, score = np.zeros((len(va), size, size, 3), np.uint8), np.zeros((len(va), 4), np.float32), np.zeros(len(va), np.float32)
+    for number, (crop, place, sure) in seen.items():
+        ok[number - 1], crops[number - 1], box[number - 1], score[number - 1] = True, crop, place, sure
     return dict(
-        frame=np.arange(1, len(va) + 1, dtype=np.int32), time=time,
-        crops=longer(crops, np.uint8), box=longer([face.box for face in faces], np.float32),
-        score=longer([face.score for face in faces], np.float32), visual_ok=longer([face.found for face in faces], bool),
-        va=va, valid=valid,
+        frame=np.arange(1, len(va) + 1, dtype=np.int32), time=time, crops=crops, box=box, score=score, visual_ok=ok, va=va, valid=valid,
         sound=np.zeros(0, np.float32) if sound is None else sound.samples,
         sound_start=np.float64(0 if sound is None else sound.start), has_sound=np.bool_(sound is not None),
         audio_ok=np.zeros(len(va), bool) if sound is None else sound.covers(time))
+
+# %% ../nbs/03_media.ipynb #b8752456
+def look_closely(
+    trial: Trial,
+) -> str:  # an oddity, or ""
+    "Decode all pictures, sound and face pictures of a trial. What cannot be decoded raises `DataError`."
+    video = video_of(trial)
+    expected = video_info(video)
+    frames = sum(1 for _ in read_frames(video))
+    sound = read_sound(video)
+    if trial.crops is not None:
+        for _ in read_crops(trial.crops):
+            pass
+    if frames != expected.frames:
+        return f"{frames} pictures decode of {expected.frames} in the container"
+    if expected.has_sound and sound is None:
+        return "a sound track without sound"
+    holes = 0 if sound is None else 1 - sound.ok.mean()
+    return f"{100 * holes:.1f} % of the sound is missing" if holes > 0.01 else ""

@@ -13,7 +13,7 @@ from .core import DataError, parallel_map, read_arrays, read_json, write_arrays,
 from .corruption import FAMILIES, corrupt_picture, corrupt_sound, plan_stretches, seeded, stretch_of
 from .encoders import AUDIO_RATE, at_times, load_encoder, sound_level
 from .features import encode_trial, observation_cues, read_prepared
-from .media import FaceFinder, crop_face, read_frames
+from .media import FaceFinder, crop_face, read_crops, read_frames, whole_box
 
 # %% auto #0
 __all__ = ['encode_corrupted', 'encode_copies']
@@ -23,26 +23,26 @@ def _look_again(
     trial: Trial, data: dict, wanted: list[tuple[str, int]], stretches: dict[str, np.ndarray], seed: int
 ) -> Iterator[tuple[tuple[str, int], dict]]:  # condition and what it makes of `data`: crops, visual_ok, score; changed [K], their frames
     "See a video under all visual conditions."
-    ok, size = data["visual_ok"], data["crops"].shape[1]
+    ok, size, given = data["visual_ok"], data["crops"].shape[1], trial.crops is not None
     last = np.maximum.accumulate(np.where(ok, np.arange(len(ok)), ok.argmax()))  # frame in which the face was last seen
     inside = {family: stretch_of(data["time"], stretches[family]) for family, _ in wanted}
     finders = {family: FaceFinder(side=trial.side) for family, severity in wanted if severity == 3}
     found = {condition: (ok.copy(), data["score"].copy(), {}) for condition in wanted}
-    for frame in read_frames(video_of(trial)):
-        t = frame.number - 1
-        where = data["box"][last[t]] if ok.any() else (0, 0, *frame.image.shape[1::-1])
+    for frame in read_crops(trial.crops, len(ok)) if given else read_frames(video_of(trial)):
+        t, whole = frame.number - 1, whole_box(frame.image)
+        where = data["box"][last[t]] if ok.any() and not given else whole
         for family, severity in wanted:
             seen, score, crops = found[family, severity]
-            image, box, altered = frame.image, data["box"][t], inside[family][t] >= 0
+            image, box, altered = frame.image, whole if given else data["box"][t], inside[family][t] >= 0
             if altered:
                 image = corrupt_picture(image, where, family, severity, seeded(seed, family, trial.id, str(inside[family][t])))
-            if severity == 3:
+            if severity == 3 and not given:  # a given face picture is all face, and found once and for all
                 face = finders[family](image)
                 seen[t], score[t] = face.found, face.score
                 altered |= not np.array_equal(np.float32(face.box), box)
                 box = face.box
             if altered and seen[t]:
-                crops[t] = crop_face(image, box, size)
+                crops[t] = crop_face(image, box, size, margin=0 if given else 0.1)
     for condition, (seen, score, crops) in found.items():
         changed = np.array(sorted(crops), int)
         pictures = np.where(seen[:, None, None, None], data["crops"], np.uint8(0))

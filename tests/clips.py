@@ -36,42 +36,45 @@ def draw_face(image: np.ndarray, x=80.0, y=80.0, mouth=0.3, radius=45) -> np.nda
     return image
 
 
-def beeps(moments, seconds, start=0.0, length=0.06) -> np.ndarray:
+def beeps(moments, seconds, start=0.0, length=0.06, rate=SOUND_RATE) -> np.ndarray:
     "Sound that begins at `start` on the clock of `moments`, with a 1 kHz beep at each of them."
-    time = start + np.arange(round((seconds - start) * SOUND_RATE)) / SOUND_RATE
+    time = start + np.arange(round((seconds - start) * rate)) / rate
     on = np.any([(time >= moment) & (time < moment + length) for moment in moments], axis=0)
     return 0.5 * np.sin(2 * np.pi * 1000 * time) * on
 
 
-def write_video(path, images, times, sound=None, sound_start=0.0, codec=None, pauses=(), options=None) -> Path:
+def write_video(path, images, times, sound=None, sound_start=0.0, codec=None, pauses=(), options=None,
+                rate=SOUND_RATE, layout="mono", more=(), turned=0) -> Path:
     """Write an mp4 (H.264, AAC; any times) or avi (MPEG-4, PCM; even times only) file.
-    `pauses`: pairs (sample, seconds); from this sample on, the sound is stamped so much later."""
+    `pauses`: pairs (sample, seconds); from this sample on, the sound is stamped so much later. `sound`: [N], or [channels, N] as `layout` says.
+    `more`: further sound tracks, of the same kind; `turned`: degrees by which a player is to turn the picture."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     mp4 = path.suffix == ".mp4"
-    rate = Fraction(1 / float(np.median(np.diff(times)))).limit_denominator(1001)
-    tick = Fraction(1, 90000) if mp4 else 1 / rate
+    picture_rate = Fraction(1 / float(np.median(np.diff(times)))).limit_denominator(1001)
+    tick = Fraction(1, 90000) if mp4 else 1 / picture_rate
     with av.open(str(path), "w", options=options or {}) as container:
         height, width = images[0].shape[:2]
-        video = container.add_stream(codec or ("libx264" if mp4 else "mpeg4"), rate=rate, height=height, width=width,
+        video = container.add_stream(codec or ("libx264" if mp4 else "mpeg4"), rate=picture_rate, height=height, width=width,
                                      pix_fmt="yuv420p", options={"crf": "12"})
         video.codec_context.time_base = tick
-        track = None
-        if sound is not None:
-            track = container.add_stream("aac" if mp4 else "pcm_s16le", rate=SOUND_RATE, layout="mono")
+        if turned:
+            video.set_display_rotation(turned)
+        sounds = [np.atleast_2d(values) for values in (sound, *more) if values is not None]
+        tracks = [container.add_stream("aac" if mp4 else "pcm_s16le", rate=rate, layout=layout) for _ in sounds]
         for image, time in zip(images, times):
             picture = av.VideoFrame.from_ndarray(image)
             picture.pts, picture.time_base = round(time / tick), tick
             container.mux(video.encode(picture))
         container.mux(video.encode())
-        for position in range(0, 0 if track is None else len(sound), 1024):
-            values = sound[None, position : position + 1024]
-            values = values.astype(np.float32) if mp4 else (values * 32767).astype(np.int16)
-            chunk = av.AudioFrame.from_ndarray(values, format="fltp" if mp4 else "s16", layout="mono")
-            late = sound_start + sum(seconds for sample, seconds in pauses if position >= sample)
-            chunk.sample_rate, chunk.pts, chunk.time_base = SOUND_RATE, position + round(late * SOUND_RATE), Fraction(1, SOUND_RATE)
-            container.mux(track.encode(chunk))
-        if track is not None:
+        for track, channels in zip(tracks, sounds):
+            for position in range(0, channels.shape[1], 1024):
+                values = np.ascontiguousarray(channels[:, position : position + 1024])
+                values = values.astype(np.float32) if mp4 else (values.T.reshape(1, -1) * 32767).astype(np.int16)
+                chunk = av.AudioFrame.from_ndarray(values, format="fltp" if mp4 else "s16", layout=layout)
+                late = sound_start + sum(seconds for sample, seconds in pauses if position >= sample)
+                chunk.sample_rate, chunk.pts, chunk.time_base = rate, position + round(late * rate), Fraction(1, rate)
+                container.mux(track.encode(chunk))
             container.mux(track.encode())
     return path
 

@@ -117,9 +117,10 @@ def test_groups_join_by_subject_and_by_video(tmp_path, clip):
     (root / "subjects.csv").write_text("trial,subject\na,s1\nb_left,s1\nb_right,s2\nc,s2\nd,s3\n")
     group = {trial.id: trial.group for trial in Corpus(root).trials()}
     assert len({group[name] for name in ("a", "b_left", "b_right", "c")}) == 1 and group["d"] != group["a"]
-    (root / "subjects.csv").write_text("who,where\n")
-    with pytest.raises(DataError, match="subjects.csv"):
-        Corpus(root)
+    for content in ("who,where\n", "trial,subject\na\n", "trial,subject\na,s" + "1" * 200_000):
+        (root / "subjects.csv").write_text(content)
+        with pytest.raises(DataError, match="subjects.csv: not a table with the two columns"):
+            Corpus(root)
 
 
 def test_carving_is_by_group_and_by_seed(tmp_path, clip):
@@ -181,7 +182,8 @@ def test_submission_follows_the_list(tmp_path, clip):
 
 @pytest.mark.parametrize("content, fault", [
     (None, "cannot be read"), ("", "line 1: '' is not the header"), ("a/00001.jpg,0,0\n", "line 1: 'a/00001.jpg,0,0' is not the header"),
-    ("image_location,valence,arousal\n\n", "no row follows"), ("image_location,valence,arousal\nword\n", "line 2: 'word' is not a row"),
+    ("image_location,valence,arousal\n\n", "no row follows"), (f"image_location,valence,arousal\na/{'1' * 5000}.jpg,0,0\n", "line 2: 'a/1111"),
+    ("image_location,valence,arousal\nword\n", "line 2: 'word' is not a row"),
 ])
 def test_lists_that_cannot_be_believed(tmp_path, content, fault):
     path = tmp_path / "list.txt"
