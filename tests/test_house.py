@@ -27,7 +27,7 @@ from sage_nb.training import Settings, fit, matching_width
 MODEL_CODE = ("metrics", "interaction", "reliability", "losses", "sage", "baselines", "windows", "corruption", "training")  # torch and numpy only
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 STAGES = [path for path in NOTEBOOKS if re.match(r"\d\d_stage_", path.name)]
-READERS = [ROOT / "nbs/23_your_own_features.ipynb"]  # for a reader; they export nothing
+READERS = [ROOT / "nbs/24_your_own_features.ipynb"]  # for a reader; they export nothing
 MODULES = [path for path in NOTEBOOKS if re.match(r"\d\d_(?!stage_)", path.name) and path not in READERS]
 
 
