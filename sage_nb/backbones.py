@@ -23,6 +23,8 @@ __all__ = ['PATCH', 'ENCODERS', 'ImageEncoder', 'IR50', 'VGGish', 'SpeechEncoder
 class ImageEncoder(nn.Module):
     "An image network as a visual encoder: uint8 crops [N, S, S, 3] RGB -> float32 [N, dim]."
 
+    batch = 32  # crops at a time
+
     def __init__(
         self,
         network: nn.Module,  # float32 [N, 3, H, W] -> [N, dim]
