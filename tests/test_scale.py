@@ -22,9 +22,10 @@ STATUS = "import re\ndef status(name): return int(re.search(name + r':\\s*(\\d+)
 
 
 def in_processes(code: str, arguments: list[tuple]) -> list[list[float]]:
-    "What each of the processes, which run at a time, prints: megabytes."
-    running = [subprocess.Popen([sys.executable, "-c", STATUS + code, *map(str, given)], env=environment(ROOT, OMP_NUM_THREADS="1"),
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for given in arguments]
+    "What each of the processes, which run at a time, prints: megabytes. What they free goes back to the system at once, so that none of it counts."
+    settings = environment(ROOT, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536")
+    running = [subprocess.Popen([sys.executable, "-c", STATUS + code, *map(str, given)], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for given in arguments]
     found = [process.communicate() for process in running]
     assert all(process.returncode == 0 for process in running), found
     return [[float(number) for number in said.split()] for said, _ in found]
@@ -67,12 +68,12 @@ print(status("VmHWM"))
 
 @linux_only
 def test_memory_does_not_depend_on_the_length_of_a_video(tmp_path, nets):
-    long, short = (make_corpus(tmp_path / str(count), t=count, other=100) for count in (6000, 2000))  # both longer than any block
+    long, short = (make_corpus(tmp_path / str(count), t=count, other=100) for count in (6000, 400))
     long_peaks, short_peaks = in_processes(EXTRACT, [(long, nets), (short, nets)])
     stored, _ = read_arrays(long / "store/copies/t.safetensors")
     assert stored["visual"].shape == (6000, 64) and stored["corrupted"].any(0).all() and stored["visual_ok"].mean() > 0.9
     more = np.subtract(long_peaks, short_peaks)
-    assert len(more) == 3 and more.max() < 25, (long_peaks, short_peaks)
+    assert len(more) == 3 and more.max() < 30, (long_peaks, short_peaks)
 
 
 # --- reading
