@@ -20,7 +20,7 @@ from .core import DataError, parallel_map, whole
 # %% auto #0
 __all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'stores_no_times', 'sound_track', 'Clock',
            'check_complete', 'video_info', 'Crops', 'read_crop_files', 'Trial', 'video_of', 'read_test_list', 'Corpus',
-           'summarise', 'write_submission']
+           'summarise', 'write_submission', 'check_submission']
 
 # %% ../nbs/02_affwild2.ipynb #2758f299
 def read_annotation(
@@ -723,6 +723,13 @@ def summarise(
     return pd.DataFrame(rows), pd.DataFrame([kinds[kind] for kind in sorted(kinds)], columns=["odd", *splits, "elsewhere", "example"])
 
 # %% ../nbs/02_affwild2.ipynb #1772bc63
+def _locations(
+    test_list: str | Path,  # the organisers' list
+) -> list[str]:  # `<trial>/00001.jpg` by row, as it is spelled there
+    lines = Path(test_list).read_text(encoding="utf-8-sig", errors="replace").splitlines()[1:]
+    return [match.string[: match.end("frame") + len(".jpg")] for match in map(_TEST_ROW.match, map(str.strip, lines)) if match]
+
+
 def write_submission(
     path: str | Path,  # the file to write
     test_list: str | Path | None,  # the organisers' list; None, as of a corpus without one, raises `DataError`
@@ -731,16 +738,61 @@ def write_submission(
     "Write predictions for the test set in the order of the organisers' list, cut to [-1, 1] with four decimals."
     if test_list is None:
         raise DataError(f"{path}: there is no list of what to submit; put the organisers' list, a .txt file, into the corpus' folder")
-    rows = read_test_list(test_list)
+    rows, cut = read_test_list(test_list), {}
     for trial in dict.fromkeys(trial for trial, _ in rows):
         va = np.asarray(predictions.get(trial, ()))
         if not len(va):
             raise DataError(f"{test_list}: no prediction for trial {trial}; predict every test trial first")
         if not np.isfinite(va).all():
             raise DataError(f"{test_list}: the prediction for trial {trial} is not finite; predict it again")
+        cut[trial] = va.clip(-1, 1).tolist()
     with whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         print(*_TEST_HEADER, sep=",", file=file)
-        for trial, frame in rows:
-            va = predictions[trial]
-            valence, arousal = np.clip(va[min(max(frame, 1), len(va)) - 1], -1, 1)
-            print(f"{trial}/{frame:05d}.jpg,{valence:.4f},{arousal:.4f}", file=file)
+        for location, (trial, frame) in zip(_locations(test_list), rows, strict=True):
+            valence, arousal = cut[trial][min(max(frame, 1), len(cut[trial])) - 1]
+            print(f"{location},{valence:.4f},{arousal:.4f}", file=file)
+
+# %% ../nbs/02_affwild2.ipynb #c18dc078
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+def check_submission(
+    path: str | Path,  # a submission file
+    test_list: str | Path,  # the organisers' list
+) -> int:  # its rows, all of them as asked for
+    "Compare a submission with the organisers' list. Whatever differs raises `DataError`."
+    read_test_list(test_list)
+    asked, content = _locations(test_list), b""
+    try:
+        content = Path(path).read_bytes()
+        header, *lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); write it first, with `sage-nb submit`") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {content.count(10, 0, error.start) + 1}: not UTF-8 text; write it again with `sage-nb submit`") from None
+    if header != ",".join(_TEST_HEADER):
+        raise DataError(f"{path}, line 1: {header[:40]!r} is not the header '{','.join(_TEST_HEADER)}'; write the file again with `sage-nb submit`")
+    open_rows, known, faults = Counter(asked), set(asked), {}  # what is still to come, what was asked for, kind -> [how often, first case]
+    given = [line.rsplit(",", 2) for line in lines]
+    for number, (location, *values) in enumerate(given, 2):
+        kinds = []
+        open_rows[location] -= 1
+        if location not in known:
+            kinds.append("that the list does not ask for")
+        elif open_rows[location] < 0:
+            kinds.append("too often")
+        if len(values) != 2 or not all(map(_NUMBER.fullmatch, values)):
+            kinds.append("without two finite numbers")
+        elif max(abs(float(value)) for value in values) > 1:
+            kinds.append("with a value outside of [-1, 1]")
+        for kind in kinds:
+            faults.setdefault(kind, [0, f"in line {number}, {lines[number - 2][:60]!r}"])[0] += 1
+    if missing := +open_rows:
+        faults = {"missing": [missing.total(), f"{next(location for location in asked if missing[location])!r}"]} | faults
+    differences = [f"{count} row{'s'[: count != 1]} {kind} (first {case})" for kind, (count, case) in faults.items()]
+    if not differences and (found := [location for location, *_ in given]) != asked:
+        line = next(number for number, pair in enumerate(zip(found, asked)) if pair[0] != pair[1])
+        differences = [f"rows in another order (first in line {line + 2}, {found[line][:60]!r} where {asked[line]!r} belongs)"]
+    if differences:
+        raise DataError(f"{path}: differs from {test_list} by {', '.join(differences)}; write it again with `sage-nb submit`")
+    return len(given)
