@@ -74,10 +74,10 @@ def voice_and_arousal(
     if not trial["has_sound"]:
         return pd.DataFrame(columns=["arousal", "pitch", "level"], dtype=float)
     own = truth_masks(truth)["own_voice"] & trial["valid"].astype(bool)
-    times = trial["time"][own]
+    times, sound = trial["time"][own], trial["sound"][:]
     table = pd.DataFrame(dict(
-        arousal=trial["va"][own, 1], pitch=np.log2(pitch_at(trial["sound"], trial["sound_start"], times)),
-        level=sound_level(trial["sound"], trial["sound_start"], times, width=0.5))).dropna()
+        arousal=trial["va"][own, 1], pitch=np.log2(pitch_at(sound, trial["sound_start"], times)),
+        level=sound_level(sound, trial["sound_start"], times, width=0.5))).dropna()
     return table - table.mean()
 
 # %% ../nbs/18_conditions.ipynb #6bed623f

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #02a0d0f2
 from __future__ import annotations
-import hashlib, json, os, shutil, signal, sys, time
+import hashlib, json, math, os, shutil, signal, struct, sys, tempfile, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['MODALITIES', 'DataError', 'project_root', 'whole', 'write_text', 'write_json', 'read_json', 'write_arrays',
-           'read_arrays', 'content_hash', 'value_hash', 'progress', 'die_with_parent', 'pin_arithmetic', 'cores',
-           'parallel_map', 'arithmetic', 'Sequence', 'Prediction']
+__all__ = ['MODALITIES', 'DataError', 'project_root', 'whole', 'write_text', 'write_json', 'read_json', 'Rows', 'StoredRows',
+           'write_arrays', 'read_arrays', 'content_hash', 'value_hash', 'progress', 'die_with_parent', 'pin_arithmetic',
+           'cores', 'parallel_map', 'arithmetic', 'Sequence', 'Prediction']
 
 # %% ../nbs/00_core.ipynb #32e62e45
 MODALITIES = ("visual", "audio")  # in this order wherever they are numbered
@@ -76,34 +76,122 @@ def read_json(path: str | Path):
         raise DataError(f"{path}: not valid JSON ({error}); delete it and run again") from None
 
 # %% ../nbs/00_core.ipynb #52b3af66
+class Rows:
+    "An array that is made piece by piece, on disk once it is large, and read slice by slice. What is left out in between is zero."
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],  # of one row; () for plain numbers
+        dtype: str | np.dtype,
+        folder: str | Path | None = None,  # on whose disk; default: the system's for temporary files
+    ):
+        self.shape, self.dtype = (0, *shape), np.dtype(dtype)
+        self._size = math.prod(shape) * self.dtype.itemsize  # bytes of a row
+        self._file = tempfile.SpooledTemporaryFile(1 << 22, dir=folder)  # without a name: nothing of it can be left
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def put(
+        self,
+        rows: np.ndarray,  # [K, ...]
+        at: int | None = None,  # place of the first one; default: the end
+    ) -> None:
+        "Write rows over what is there."
+        at = len(self) if at is None else at
+        self._file.seek(at * self._size)
+        self._file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
+        self.extend(at + len(rows))
+
+    def extend(
+        self,
+        length: int,
+    ) -> None:
+        "Have at least so many rows."
+        self.shape = (max(len(self), length), *self.shape[1:])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        begin, end, _ = part.indices(len(self))
+        out = np.zeros((max(end - begin, 0), *self.shape[1:]), self.dtype)
+        self._file.seek(begin * self._size)
+        there = np.frombuffer(self._file.read(out.nbytes), self.dtype)
+        out.reshape(-1)[: len(there)] = there
+        return out
+
+
+class StoredRows:
+    "An array in a file, read slice by slice. A missing or damaged file raises `DataError`."
+
+    def __init__(
+        self,
+        path: str | Path,  # a `.safetensors` file
+        name: str,  # of the array
+    ):
+        self.path, self.name = Path(path), name
+        with _opened(path) as file:
+            stored = file.get_slice(name)
+        self.shape = tuple(stored.get_shape())
+        self.dtype = np.dtype(next(dtype for dtype, code in _DTYPES.items() if code == stored.get_dtype()))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        begin, end, _ = part.indices(len(self))
+        if begin >= end:
+            return np.zeros((0, *self.shape[1:]), self.dtype)
+        with _opened(self.path) as file:  # anew each time: what has been read of an open file counts as memory in use
+            return file.get_slice(self.name)[begin:end]
+
+
+@contextmanager
+def _opened(path: str | Path, framework: str = "np"):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run the step that writes it first") from None
+    except (SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error}); delete it and make it again") from None
+
+
+_DTYPES = dict(int64="I64", float64="F64", float32="F32", int32="I32", float16="F16", int16="I16", int8="I8", uint8="U8", bool="BOOL")  # by size
+
+
 def write_arrays(
     path: str | Path,  # a `.safetensors` file
-    arrays: dict[str, np.ndarray],  # name -> array of any shape
+    arrays: dict[str, np.ndarray | Rows],  # name -> array of any shape
     meta: dict | None = None,  # anything that JSON holds
 ) -> None:
     "Write named arrays and their metadata, whole."
-    from safetensors.numpy import save_file
-
-    with whole(path) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary,
-                  metadata={"json": json.dumps(meta or {}, sort_keys=True)})
+    arrays = {name: value if isinstance(value, Rows) else np.asarray(value, order="C") for name, value in arrays.items()}
+    ordered = sorted(arrays, key=lambda name: (list(_DTYPES).index(arrays[name].dtype.name), name))  # as the format's library has it: aligned
+    header, end = {"__metadata__": {"json": json.dumps(meta or {}, sort_keys=True)}}, 0
+    for name in ordered:
+        begin, end = end, end + math.prod(arrays[name].shape) * arrays[name].dtype.itemsize
+        header[name] = dict(dtype=_DTYPES[arrays[name].dtype.name], shape=arrays[name].shape, data_offsets=[begin, end])
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in ordered:
+            value, step = arrays[name], 1 << 10
+            for piece in (value[at : at + step] for at in range(0, len(value), step)) if isinstance(value, Rows) else [value]:
+                file.write(piece.tobytes())
 
 
 def read_arrays(
     path: str | Path,  # a `.safetensors` file
     names: Iterable[str] | None = None,  # only these; default: all
+    mapped: bool = False,  # the arrays stay in the file until they are looked at, and must not be written to
 ) -> tuple[dict[str, np.ndarray], dict]:  # the arrays and the metadata
     "Read arrays written by `write_arrays`. A missing or damaged file raises `DataError`."
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            meta = json.loads((file.metadata() or {}).get("json", "{}"))
-            return {k: file.get_tensor(k) for k in (file.keys() if names is None else names)}, meta
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run the step that writes it first") from None
-    except (SafetensorError, ValueError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}); delete it and make it again") from None
+    with _opened(path, "pt" if mapped else "np") as file:
+        meta = json.loads((file.metadata() or {}).get("json", "{}"))
+        arrays = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+        return {name: value.numpy() if mapped else value for name, value in arrays.items()}, meta
 
 # %% ../nbs/00_core.ipynb #b2234dc9
 def _files(

@@ -4,22 +4,24 @@
 
 # %% ../nbs/04_encoders.ipynb #84882f6d
 from __future__ import annotations
-from pathlib import Path
+from collections.abc import Iterator
 import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
-from .core import DataError, progress, read_arrays, write_arrays
+from .core import DataError, StoredRows, progress
 
 # %% auto #0
-__all__ = ['EMBEDDING', 'AUDIO_RATE', 'MEL_HOP', 'EMBEDDING_STEP', 'HEARD', 'VisualEncoder', 'AudioEncoder', 'at_times',
-           'sound_level', 'train_visual_encoder', 'train_audio_encoder', 'save_encoder', 'load_encoder']
+__all__ = ['EMBEDDING', 'AUDIO_RATE', 'MEL_HOP', 'EMBEDDING_STEP', 'HEARD', 'VisualEncoder', 'AudioEncoder', 'sound_blocks',
+           'embed_sound', 'sound_level', 'train_visual_encoder', 'train_audio_encoder']
 
 # %% ../nbs/04_encoders.ipynb #0bfecfb8
 EMBEDDING = 64  # numbers per frame and modality
 
 
 class VisualEncoder(nn.Module):
-    "Face crops to embeddings: uint8 [N, 48, 48, 3] RGB -> float32 [N, 64]."
+    "Face crops to embeddings: uint8 [N, S, S, 3] RGB, taken to S = 48 -> float32 [N, 64]."
+
+    dim, side, batch = EMBEDDING, 48, 256  # width of the embedding; pixels; crops at a time
 
     def __init__(self):
         super().__init__()
@@ -29,7 +31,10 @@ class VisualEncoder(nn.Module):
         self.head = nn.Linear(EMBEDDING, 2)
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
-        return self.body(crops.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        x = crops.permute(0, 3, 1, 2).float()
+        if x.shape[-1] != self.side:
+            x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.body(x / 127.5 - 1)
 
 # %% ../nbs/04_encoders.ipynb #81f6ed71
 AUDIO_RATE = 16000  # samples a second
@@ -39,6 +44,9 @@ EMBEDDING_STEP = 0.02  # seconds between audio embeddings
 
 class AudioEncoder(nn.Module):
     "Sound to embeddings: float32 [B, N] at 16 kHz -> float32 [B, 1 + N // 320, 64], one every 20 ms from the first sample on."
+
+    dim = EMBEDDING
+    margin, chunk = 0.5, 30.0  # seconds
 
     def __init__(self):
         super().__init__()
@@ -59,34 +67,64 @@ class AudioEncoder(nn.Module):
         x = self.bands(self.log_mel(sound)[:, None])
         return self.time(x.flatten(1, 2)).transpose(1, 2)
 
+    def at(
+        self,
+        sound: torch.Tensor,  # [N] at 16 kHz
+        moments: np.ndarray,  # [T] seconds from the first sample on
+    ) -> tuple[np.ndarray, np.ndarray]:  # [T, 64] float32 and [T] bool: there is sound at this moment
+        "The embedding nearest in time. Moments outside of the sound give zeros and False."
+        embeddings = self(sound[None])[0].cpu().numpy() if len(sound) >= 512 else np.zeros((0, self.dim), np.float32)
+        index = np.rint(moments / EMBEDDING_STEP).astype(int)
+        inside = (index >= 0) & (index < len(embeddings))
+        out = np.zeros((len(moments), self.dim), np.float32)
+        out[inside] = embeddings[index[inside]]
+        return out, inside
 
-def at_times(
-    embeddings: np.ndarray,  # [K, D], one every `EMBEDDING_STEP` seconds
-    start: float,  # seconds; time of the first one
-    times: np.ndarray,  # [T] seconds
-) -> tuple[np.ndarray, np.ndarray]:  # [T, D] and [T] bool: there is sound at this time
-    "Pick the embedding nearest in time. Times outside of the sound give zeros and False."
-    index = np.rint((times - start) / EMBEDDING_STEP).astype(int)
-    inside = (index >= 0) & (index < len(embeddings))
-    out = np.zeros((len(times), embeddings.shape[1]), np.float32)
-    out[inside] = embeddings[index[inside]]
-    return out, inside
+
+def sound_blocks(
+    moments: np.ndarray,  # [T] seconds from the first sample on, rising
+    samples: int,  # of the sound
+    margin: float,  # seconds of sound wanted on either side
+    seconds: float = 30.0,  # length of a block
+) -> Iterator[tuple[slice, int, int]]:  # some of the moments; first sample, and one past the last, of the sound around them
+    "Walk along a sound in blocks. One that is not much longer than a block is taken as a whole."
+    number = (moments - moments[:1]) // seconds
+    edges = [*np.flatnonzero(np.diff(number, prepend=-1)), len(moments)]
+    for first, last in zip(edges, edges[1:]):
+        begin = int((moments[first] - margin) * AUDIO_RATE) // MEL_HOP // 2 * MEL_HOP * 2  # on the 20 ms grid of embeddings
+        end = int((moments[last - 1] + margin) * AUDIO_RATE)
+        reach = int(seconds * AUDIO_RATE)
+        yield (slice(first, last), 0 if begin < reach else min(begin, samples), samples if end > samples - reach else max(end, 0))
+
+
+def embed_sound(
+    encoder: nn.Module,  # an audio encoder
+    sound: np.ndarray | StoredRows,  # [N] float32 at 16 kHz
+    moments: np.ndarray,  # [T] seconds from the first sample on, rising
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:  # some of the moments; their embeddings [K, D], and [K] bool: there is sound
+    "Encode a sound of any length, block by block, on the encoder's device."
+    device = next(encoder.parameters()).device
+    with torch.no_grad():
+        for part, begin, end in sound_blocks(moments, len(sound), encoder.margin, encoder.chunk):
+            yield part, *encoder.at(torch.from_numpy(sound[begin:end]).to(device), moments[part] - begin / AUDIO_RATE)
 
 # %% ../nbs/04_encoders.ipynb #34fa11d9
 HEARD = -40.0  # dB full scale; softer than this is not a voice
 
 
 def sound_level(
-    sound: np.ndarray,  # [N] at 16 kHz
+    sound: np.ndarray | StoredRows,  # [N] at 16 kHz
     start: float,  # seconds; time of the first sample
-    times: np.ndarray,  # [T] seconds
+    times: np.ndarray,  # [T] seconds, rising
     width: float = 0.1,  # seconds
 ) -> np.ndarray:  # [T] dB relative to full scale, at least -80
     "Root-mean-square level around each time."
-    energy = np.concatenate([[0.0], np.cumsum(np.asarray(sound, np.float64) ** 2)])
-    centre = (times - start) * AUDIO_RATE
-    low, high = (np.clip(centre + side * width / 2 * AUDIO_RATE, 0, len(sound)).astype(int) for side in (-1, 1))
-    mean = (energy[high] - energy[low]) / np.maximum(high - low, 1)
+    moments, mean = times - start, np.zeros(len(times))
+    for part, begin, end in sound_blocks(moments, len(sound), width):
+        energy = np.concatenate([[0.0], np.cumsum(np.asarray(sound[begin:end], np.float64) ** 2)])
+        centre = moments[part] * AUDIO_RATE - begin
+        low, high = (np.clip(centre + side * width / 2 * AUDIO_RATE, 0, end - begin).astype(int) for side in (-1, 1))
+        mean[part] = (energy[high] - energy[low]) / np.maximum(high - low, 1)
     return np.maximum(10 * np.log10(mean.clip(0) + 1e-12), -80.0)
 
 
@@ -170,30 +208,3 @@ def train_audio_encoder(
 
     _train(encoder, steps, rate, batch, "voice encoder")
     return encoder
-
-# %% ../nbs/04_encoders.ipynb #e1dc4f2d
-_KINDS = {"visual": VisualEncoder, "audio": AudioEncoder}
-
-
-def save_encoder(path: str | Path, encoder: nn.Module) -> None:
-    "Write weights, whole."
-    kind = next(k for k, c in _KINDS.items() if isinstance(encoder, c))
-    write_arrays(path, {k: v.numpy() for k, v in encoder.state_dict().items()}, {"encoder": kind})
-
-
-def load_encoder(
-    path: str | Path,  # a `.safetensors` file
-    kind: str,  # "visual" or "audio"
-) -> nn.Module:  # frozen, in evaluation mode
-    "Read weights. A name or shape that does not fit raises `DataError`."
-    arrays, meta = read_arrays(path)
-    if meta.get("encoder") != kind:
-        raise DataError(f"{path}: holds {meta.get('encoder', 'no')} encoder weights, not {kind}; give the file that stage pretrain wrote")
-    encoder = _KINDS[kind]()
-    wanted = encoder.state_dict()
-    for name in sorted(set(wanted) | set(arrays)):
-        mine, theirs = (tuple(d[name].shape) if name in d else "nothing" for d in (wanted, arrays))
-        if mine != theirs:
-            raise DataError(f"{path}: {name} is {theirs}, the {kind} encoder expects {mine}; give weights of this architecture")
-    encoder.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})
-    return encoder.eval().requires_grad_(False)

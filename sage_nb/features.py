@@ -4,27 +4,53 @@
 
 # %% ../nbs/09_features.ipynb #1f45b1c0
 from __future__ import annotations
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.ndimage import gaussian_filter1d
 from .affwild2 import Corpus, Trial
-from .core import DataError, Sequence, parallel_map, read_arrays, read_json, write_arrays, write_json
-from .encoders import AUDIO_RATE, HEARD, at_times, load_encoder, save_encoder, sound_level, train_audio_encoder, train_visual_encoder
+from .backbones import install_encoder, load_encoder, save_encoder
+from .core import DataError, Rows, Sequence, StoredRows, parallel_map, read_arrays, read_json, write_arrays, write_json
+from .encoders import AUDIO_RATE, HEARD, embed_sound, sound_blocks, sound_level, train_audio_encoder, train_visual_encoder
 from .media import read_trial
 
 # %% auto #0
-__all__ = ['CUES', 'CUE_OWNERS', 'prepare_corpus', 'read_prepared', 'train_encoders', 'observation_cues', 'encode_trial',
-           'encode_corpus', 'load_sequences', 'load_sequence']
+__all__ = ['CUES', 'CUE_OWNERS', 'each_trial', 'prepare_corpus', 'read_prepared', 'make_encoders', 'observation_cues',
+           'encode_pictures', 'encode_trial', 'load_encoders', 'encode_corpus', 'load_sequences', 'load_sequence']
 
 # %% ../nbs/09_features.ipynb #8f45c470
-def _prepare(task: tuple[Trial, Path, int, str | None]) -> None:
-    trial, folder, detect_every, face_model = task
+def each_trial(
+    function: Callable,  # importable, of one task; it writes one file, whole, or raises `DataError`
+    tasks: dict[str, tuple],  # trial -> task
+    folder: str | Path,  # where the files go; receives broken.json, if a trial is broken: trial -> what is wrong
+    title: str,  # for the progress line
+    workers: int = 0,  # processes; 0 = one a core
+    scheduler: str | None = None,  # address of a Dask scheduler, whose workers do it instead
+    skip_broken: bool = False,  # whether trials that cannot be read are left out; otherwise they raise `DataError` when all others are done
+) -> set[str]:  # the trials that were left out
+    "Do something to every trial, and tell which ones it could not be done to."
+    done = parallel_map(function, tasks.values(), workers, title, scheduler, keep_going=True)
+    broken = {trial: str(error) for trial, error in zip(tasks, done) if isinstance(error, DataError)}
+    (report := Path(folder) / "broken.json").unlink(missing_ok=True)
+    if broken:
+        write_json(report, broken)
+        if not skip_broken:
+            more = f" (and {len(broken) - 1} more broken trials: see {report})" if len(broken) > 1 else ""
+            raise DataError(f"{next(iter(broken.values()))}{more}")
+        print(f"{title}: {len(broken)} of {len(tasks)} trials are broken and left out: see {report}", file=sys.stderr)
+    return set(broken)
+
+
+def _prepare(task: tuple[Trial, Path, int, str | None, int]) -> None:
+    trial, folder, detect_every, face_model, crop_size = task
     path = folder / f"{trial.id}.safetensors"
     if path.exists():
         return
     cv2.setNumThreads(1)  # there is a process a core
-    arrays = read_trial(trial, detect_every=detect_every, face_model=face_model)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = read_trial(trial, crop_size, detect_every, face_model=face_model, scratch=folder)
     meta = {"sound_start": float(arrays.pop("sound_start")), "has_sound": bool(arrays.pop("has_sound"))}
     write_arrays(path, arrays, meta)
 
@@ -35,28 +61,37 @@ def prepare_corpus(
     detect_every: int = 5,  # frames between face detections
     workers: int = 0,  # processes; 0 = one a core
     face_model: str | None = None,  # a YuNet file that finds the faces; default: the cascade
+    crop_size: int = 48,  # side of the face crops, pixels
+    scheduler: str | None = None,  # as in `each_trial`
+    skip_broken: bool = False,  # as in `each_trial`
 ) -> dict:  # trial -> split, group, subject
     "Decode every trial of a corpus into `folder` and write its index."
     folder = Path(folder)
-    trials = corpus.trials("all")
-    parallel_map(_prepare, [(t, folder, detect_every, face_model) for t in trials], workers, "decoding")
-    index = {t.id: dict(split=t.split, group=t.group, subject=t.subject) for t in trials}
+    trials = {trial.id: trial for trial in corpus.trials("all")}
+    tasks = {name: (trial, folder, detect_every, face_model, crop_size) for name, trial in trials.items()}
+    broken = each_trial(_prepare, tasks, folder, "decoding", workers, scheduler, skip_broken)
+    index = {name: dict(split=t.split, group=t.group, subject=t.subject) for name, t in trials.items() if name not in broken}
     write_json(folder / "index.json", index)
     return index
 
 
 def read_prepared(
     path: str | Path,  # one trial's file
-) -> dict:  # as from `media.read_trial`
+) -> dict:  # as from `media.read_trial`; crops and sound are `StoredRows`
     "Read one prepared trial."
-    arrays, meta = read_arrays(path)
-    return {**arrays, **meta}
+    arrays, meta = read_arrays(path, mapped=True)
+    return arrays | {name: StoredRows(path, name) for name in ("crops", "sound") if name in arrays} | meta
 
 # %% ../nbs/09_features.ipynb #0d16a371
-def _train_encoder(task: tuple[str, Path, Path, int, int]) -> None:
-    kind, prepared, folder, steps, seed = task
+def _make_encoder(task: tuple[str, dict, Path, Path, int, int]) -> None:
+    kind, given, prepared, folder, steps, seed = task
     path = folder / f"{kind}.safetensors"
     if path.exists():
+        return
+    if given:
+        if not {"encoder", "weights"} <= set(given) <= {"encoder", "weights", "options"}:
+            raise DataError(f"{kind} encoder: {given} must name encoder and weights, and may have options; name them, or leave it empty to train one")
+        install_encoder(path, kind, given["encoder"], given["weights"], **given.get("options", {}))
         return
     wanted = {"visual": ["crops", "visual_ok"], "audio": ["sound", "time"]}[kind]
     trials = []
@@ -67,38 +102,60 @@ def _train_encoder(task: tuple[str, Path, Path, int, int]) -> None:
     save_encoder(path, train(trials, steps=steps, seed=seed))
 
 
-def train_encoders(
+def make_encoders(
     prepared: str | Path,  # the prepared pretraining corpus
     folder: str | Path,  # receives visual.safetensors and audio.safetensors
+    visual: dict | None = None,  # encoder, weights and perhaps options of a published one; default: one is trained
+    audio: dict | None = None,  # likewise
     visual_steps: int = 1200,
     audio_steps: int = 600,
     seed: int = 0,
 ) -> None:
-    "Train both encoders; one that is already there is kept."
-    tasks = [("visual", Path(prepared), Path(folder), visual_steps, seed), ("audio", Path(prepared), Path(folder), audio_steps, seed)]
-    parallel_map(_train_encoder, tasks, 2, "training encoders")
+    "Make both encoders; one that is already there is kept."
+    tasks = [("visual", visual, Path(prepared), Path(folder), visual_steps, seed), ("audio", audio, Path(prepared), Path(folder), audio_steps, seed)]
+    parallel_map(_make_encoder, tasks, 2, "encoders")
 
 # %% ../nbs/09_features.ipynb #67555ce5
 CUES = ["sharpness", "brightness", "score", "change", "upper", "lower", "level", "snr", "peak", "timbre", "synchrony"]
 CUE_OWNERS = "vVvvvvaaaab"  # what each is about: v = sight, a = sound, b = both; a capital: of the scene, not of a person (see interaction)
 
 
-def _running_mean(values: np.ndarray, ok: np.ndarray, rate: float, seconds: float = 10.0) -> np.ndarray:
-    "[T, D] -> [T, D]: mean of the past observed values, the plain mean at first, forgetting later."
-    mean, weight, out = np.zeros(values.shape[1]), 0.0, np.empty_like(values)
-    for t in range(len(values)):
-        if ok[t]:
-            weight = min(weight + 1.0, seconds * rate)
-            mean = mean + (values[t] - mean) / weight
-        out[t] = mean
-    return out
+class _RunningMean:
+    "Mean of the past observed values, the plain mean at first, forgetting later."
+
+    def __init__(self, rate: float, seconds: float = 10.0):
+        self.mean, self.weight, self.most = 0.0, 0.0, seconds * rate
+
+    def follow(self, values: np.ndarray, ok: np.ndarray) -> np.ndarray:
+        "[T, D] -> [T, D]; the next frames, of which those that are `ok` [T] are observed."
+        out = np.empty_like(values)
+        for t in range(len(values)):
+            if ok[t]:
+                self.weight = min(self.weight + 1.0, self.most)
+                self.mean = self.mean + (values[t] - self.mean) / self.weight
+            out[t] = self.mean
+        return out
 
 
-def _spectral_shape(sound: np.ndarray, start: float, times: np.ndarray, bands: int = 12, width: int = 1024) -> np.ndarray:
-    "[T, bands] dB: spectrum around each time in bands of equal width in log frequency, less its mean over the bands."
+def _looks(crops: np.ndarray, ok: np.ndarray, coarse_mean: _RunningMean) -> np.ndarray:
+    "[T, S, S, 3] -> [T, 6]: sharpness, brightness, change, change of the upper and of the lower half, how dark the mouth is."
+    size = crops.shape[1]
+    grey = np.stack([cv2.cvtColor(c, cv2.COLOR_RGB2GRAY) for c in crops]).astype(np.float32)
+    sharpness = np.array([np.log(cv2.Laplacian(g, cv2.CV_32F).var() + 1) for g in grey])
+    coarse = np.stack([cv2.resize(c, (4, 4), interpolation=cv2.INTER_AREA) for c in crops]).reshape(len(crops), -1) / 255.0
+    lit = coarse / (coarse.mean(1, keepdims=True) + 0.02)  # whatever the light
+    both = np.concatenate([coarse, lit], 1)
+    change, lit_change = np.split(np.abs(both - coarse_mean.follow(both, ok)), 2, 1)
+    upper, lower = (half.mean(1) for half in np.split(lit_change, 2, 1))
+    mouth = -grey[:, int(0.62 * size) : int(0.92 * size), int(0.3 * size) : int(0.7 * size)].mean((1, 2)) / 255
+    return np.stack([sharpness, grey.mean((1, 2)) / 255, change.mean(1), upper, lower, mouth], 1)
+
+
+def _spectral_shape(sound: np.ndarray, moments: np.ndarray, bands: int = 12, width: int = 1024) -> np.ndarray:
+    "[T, bands] dB: spectrum around each moment in bands of equal width in log frequency, less its mean over the bands."
     frequency, edges = np.fft.rfftfreq(width, 1 / AUDIO_RATE), np.geomspace(100, 7000, bands + 1)
     member = (frequency[:, None] >= edges[:-1]) & (frequency[:, None] < edges[1:])
-    begins = np.rint((times - start) * AUDIO_RATE).astype(int) + width // 2  # in the padded sound
+    begins = np.rint(moments * AUDIO_RATE).astype(int) + width // 2  # in the padded sound
     padded = np.pad(sound, width)
     pieces = np.lib.stride_tricks.sliding_window_view(padded, width)[begins.clip(0, len(padded) - width)]
     power = np.abs(np.fft.rfft(pieces * np.hanning(width), axis=1)) ** 2
@@ -113,7 +170,7 @@ def _timbre(shape: np.ndarray, heard: np.ndarray, rate: float, smooth: float = 0
 
     weight = around(heard.astype(float))[:, None]
     mean = around(shape * heard[:, None]) / np.maximum(weight, 1e-9)
-    distance = np.sqrt(((mean - _running_mean(mean, heard, rate, 20.0)) ** 2).mean(1))
+    distance = np.sqrt(((mean - _RunningMean(rate, 20.0).follow(mean, heard)) ** 2).mean(1))
     return np.where(weight[:, 0] > 0, distance, np.nan)
 
 
@@ -142,73 +199,97 @@ def observation_cues(
 ) -> np.ndarray:  # [T, 11] float32, columns as in `CUES`; NaN where there is nothing to observe
     "Describe the observation of every frame."
     crops, ok, times = trial["crops"], trial["visual_ok"], trial["time"]
-    size = crops.shape[1]
     rate = 1 / max(float(np.median(np.diff(times))), 1e-3) if len(times) > 1 else 25.0
-    grey = np.stack([cv2.cvtColor(c, cv2.COLOR_RGB2GRAY) for c in crops]).astype(np.float32)
-    sharpness = np.array([np.log(cv2.Laplacian(g, cv2.CV_32F).var() + 1) for g in grey])
-    coarse = np.stack([cv2.resize(c, (4, 4), interpolation=cv2.INTER_AREA) for c in crops]).reshape(len(crops), -1) / 255.0
-    lit = coarse / (coarse.mean(1, keepdims=True) + 0.02)  # whatever the light
-    both = np.concatenate([coarse, lit], 1)
-    change, lit_change = np.split(np.abs(both - _running_mean(both, ok, rate)), 2, 1)
-    upper, lower = (half.mean(1) for half in np.split(lit_change, 2, 1))
-    mouth = -grey[:, int(0.62 * size) : int(0.92 * size), int(0.3 * size) : int(0.7 * size)].mean((1, 2)) / 255
-    visual = np.stack([sharpness, grey.mean((1, 2)) / 255, trial["score"], change.mean(1), upper, lower], 1)
+    coarse_mean, block = _RunningMean(rate), 1024
+    looks = [_looks(crops[at : at + block], ok[at : at + block], coarse_mean) for at in range(0, len(times), block)]
+    sharpness, brightness, change, upper, lower, mouth = np.concatenate(looks).T
+    visual = np.stack([sharpness, brightness, trial["score"], change, upper, lower], 1)
 
     sound, start = trial["sound"], trial["sound_start"]
-    level = sound_level(sound, start, times)
-    begins = ((times - start) * AUDIO_RATE - 800).astype(int)
-    peaks = np.array([np.abs(sound[max(a, 0) : max(a + 1600, 0)]).max(initial=0.0) for a in begins])
-    heard = trial["audio_ok"]
-    timbre = _timbre(_spectral_shape(sound, start, times), heard & (level > HEARD), rate)
+    heard, level, moments = trial["audio_ok"], sound_level(sound, start, times), times - start
+    peaks, shape = np.zeros(len(times), np.float32), np.zeros((len(times), 12))
+    for part, begin, end in sound_blocks(moments, len(sound), 0.1):
+        piece, within = sound[begin:end], moments[part] - begin / AUDIO_RATE
+        begins = (within * AUDIO_RATE - 800).astype(int)
+        peaks[part] = [np.abs(piece[max(a, 0) : max(a + 1600, 0)]).max(initial=0.0) for a in begins]
+        shape[part] = _spectral_shape(piece, within)
+    timbre = _timbre(shape, heard & (level > HEARD), rate)
     audio = np.stack([level, level - _noise_floor(level, rate), (20 * np.log10(peaks + 1e-6) - level).clip(0, 30), timbre], 1)
-    synchrony = _synchrony(mouth, level / 20, (ok & heard).astype(float), rate)
+    synchrony = _synchrony(mouth.astype(np.float32), level / 20, (ok & heard).astype(float), rate)
     seen = [np.where(mask[:, None], x, np.nan) for x, mask in ((visual, ok), (audio, heard), (synchrony[:, None], ok & heard))]
     return np.concatenate(seen, 1).astype(np.float32)
 
 # %% ../nbs/09_features.ipynb #738a0a28
+def encode_pictures(
+    encoder: torch.nn.Module,  # a visual encoder
+    crops: np.ndarray | Rows | StoredRows,  # [T, S, S, 3] uint8
+    wanted: np.ndarray,  # [T] bool
+) -> Iterator[np.ndarray]:  # [K, D] float32, block by block; zeros where not wanted
+    "Encode pictures on the encoder's device."
+    device = next(encoder.parameters()).device
+    with torch.no_grad():
+        for at in range(0, len(wanted), encoder.batch):
+            here = wanted[at : at + encoder.batch]
+            rows = np.zeros((len(here), encoder.dim), np.float32)
+            if here.any():
+                rows[here] = encoder(torch.from_numpy(crops[at : at + encoder.batch][here]).to(device)).cpu().numpy()
+            yield rows
+
+
 def encode_trial(
     trial: dict,  # from `media.read_trial` or `read_prepared`
-    visual: torch.nn.Module,  # `VisualEncoder`
-    audio: torch.nn.Module,  # `AudioEncoder`
-) -> dict[str, np.ndarray]:  # the arrays of a feature file
+    visual: torch.nn.Module,  # a visual encoder
+    audio: torch.nn.Module,  # an audio encoder
+    half: bool = False,  # features in half precision
+    scratch: str | Path | None = None,  # a folder: features are `Rows` on its disk; None: arrays
+) -> dict[str, np.ndarray | Rows]:  # the arrays of a feature file
     "Run both encoders over one trial."
-    frames, ok = len(trial["time"]), trial["visual_ok"].astype(bool)
-    seen = np.zeros((frames, visual.head.in_features), np.float32)
-    with torch.no_grad():
-        for at in range(0, frames, 256):
-            piece = np.flatnonzero(ok[at : at + 256]) + at
-            if len(piece):
-                seen[piece] = visual(torch.from_numpy(trial["crops"][piece])).numpy()
-        heard, audio_ok = np.zeros((frames, audio.head.in_features), np.float32), np.zeros(frames, bool)
-        if trial["has_sound"] and len(trial["sound"]) >= 512:
-            heard, audio_ok = at_times(audio(torch.from_numpy(trial["sound"])[None])[0].numpy(), trial["sound_start"], trial["time"])
-            audio_ok = audio_ok & trial["audio_ok"]
-    return dict(visual=seen, audio=heard, visual_ok=ok, audio_ok=audio_ok, cues=observation_cues(trial), va=trial["va"].astype(np.float32),
-                valid=trial["valid"].astype(bool), frame=trial["frame"].astype(np.int32), time=trial["time"].astype(np.float64))
+    ok, moments = trial["visual_ok"].astype(bool), trial["time"] - trial["sound_start"]
+    seen, heard = (Rows((net.dim,), np.float16 if half else np.float32, scratch) for net in (visual, audio))
+    audio_ok = np.zeros(len(ok), bool)
+    for rows in encode_pictures(visual, trial["crops"], ok):
+        seen.put(rows)
+    for part, rows, audio_ok[part] in embed_sound(audio, trial["sound"], moments):
+        heard.put(rows)
+    return dict(visual=seen if scratch else seen[:], audio=heard if scratch else heard[:], visual_ok=ok, audio_ok=audio_ok & trial["audio_ok"],
+                cues=observation_cues(trial), va=trial["va"].astype(np.float32), valid=trial["valid"].astype(bool),
+                frame=trial["frame"].astype(np.int32), time=trial["time"].astype(np.float64))
 
 
-def _encode(task: tuple[str, dict, Path, Path, Path]) -> None:
-    trial, meta, prepared, encoders, folder = task
+def load_encoders(
+    folder: str | Path,  # with visual.safetensors and audio.safetensors
+) -> list[torch.nn.Module]:  # visual, audio
+    "Both encoders for a process that works beside others: one thread each, or the GPU if there is one."
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [load_encoder(Path(folder) / f"{kind}.safetensors", kind).to(device) for kind in ("visual", "audio")]
+
+
+def _encode(task: tuple[str, dict, Path, Path, Path, bool]) -> None:
+    trial, meta, prepared, encoders, folder, half = task
     path = folder / f"{trial}.safetensors"
     if path.exists():
         return
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    nets = [load_encoder(encoders / f"{kind}.safetensors", kind) for kind in ("visual", "audio")]
-    write_arrays(path, encode_trial(read_prepared(prepared / f"{trial}.safetensors"), *nets), meta)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, encode_trial(read_prepared(prepared / f"{trial}.safetensors"), *load_encoders(encoders), half, folder), meta)
 
 
 def encode_corpus(
     prepared: str | Path,  # from `prepare_corpus`
-    encoders: str | Path,  # from `train_encoders`
+    encoders: str | Path,  # from `make_encoders`
     folder: str | Path,  # the feature store; trials already there are kept
     workers: int = 0,  # processes; 0 = one a core
+    half: bool = False,  # features in half precision
+    scheduler: str | None = None,  # as in `each_trial`
+    skip_broken: bool = False,  # as in `each_trial`
 ) -> None:
     "Encode every prepared trial into the feature store and write its index."
     prepared, folder = Path(prepared), Path(folder)
     index = read_json(prepared / "index.json")
-    parallel_map(_encode, [(t, meta, prepared, Path(encoders), folder) for t, meta in index.items()], workers, "encoding")
-    write_json(folder / "index.json", index)
+    tasks = {trial: (trial, meta, prepared, Path(encoders), folder, half) for trial, meta in index.items()}
+    broken = each_trial(_encode, tasks, folder, "encoding", workers, scheduler, skip_broken)
+    write_json(folder / "index.json", {trial: meta for trial, meta in index.items() if trial not in broken})
 
 
 def load_sequences(
@@ -216,7 +297,7 @@ def load_sequences(
     split: str,  # train, dev, calibration, validation or test
     copies: bool = False,  # with each trial's corrupted `copy`, where there is one (see `suite.encode_copies`)
 ) -> list[Sequence]:  # sorted by trial
-    "Read the sequences of a split."
+    "The sequences of a split. Their arrays stay in the files, which must stay as they are, until they are looked at."
     store = Path(store)
     index = read_json(store / "index.json")
     names = [trial for trial in sorted(index) if index[trial]["split"] == split]
@@ -226,7 +307,7 @@ def load_sequences(
     if copies:
         for sequence in sequences:
             if (path := store / "copies" / f"{sequence.id}.safetensors").is_file():
-                arrays, _ = read_arrays(path, ["visual", "audio", "visual_ok", "audio_ok", "cues", "corrupted"])
+                arrays, _ = read_arrays(path, ["visual", "audio", "visual_ok", "audio_ok", "cues", "corrupted"], mapped=True)
                 sequence.copy = replace(sequence, **arrays)
     return sequences
 
@@ -234,6 +315,6 @@ def load_sequences(
 def load_sequence(
     path: str | Path,  # one trial's feature file
 ) -> Sequence:
-    "Read one trial's features."
-    arrays, meta = read_arrays(path, ["visual", "audio", "va", "visual_ok", "audio_ok", "valid", "cues"])
+    "One trial's features."
+    arrays, meta = read_arrays(path, ["visual", "audio", "va", "visual_ok", "audio_ok", "valid", "cues"], mapped=True)
     return Sequence(id=Path(path).stem, group=meta["group"], **arrays)

@@ -5,6 +5,7 @@
 # %% ../nbs/06_interaction.ipynb #b0a9e650
 from __future__ import annotations
 import inspect, math
+from collections.abc import Iterable
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class Standardise(nn.Module):
 
     def fit(
         self,
-        rows: list[np.ndarray],  # arrays [N, channels], raw
+        rows: Iterable[np.ndarray],  # arrays [N, channels], raw
     ) -> None:
         "Take the mean and standard deviation of all finite values; a constant channel keeps scale 1."
         count, total, square = 0, 0.0, 0.0
@@ -134,10 +135,15 @@ class FrontEnd(nn.Module):
         sequences: list[Sequence],  # the training set
     ) -> None:
         "Fit the standardisation: features over the frames where their modality is ok, cues over all frames."
+        def pieces(name, wanted):  # no long sequence as a whole
+            for s in sequences:
+                values, ok = getattr(s, name), wanted(s)
+                yield from (values[at : at + 4096][ok[at : at + 4096]] for at in range(0, len(s), 4096))
+
         for m in self.modalities:
-            self.scale[m].fit([getattr(s, m)[getattr(s, f"{m}_ok")] for s in sequences])
+            self.scale[m].fit(pieces(m, lambda s: getattr(s, f"{m}_ok")))
         if self.cue_dim:
-            self.scale["cues"].fit([s.cues for s in sequences])
+            self.scale["cues"].fit(pieces("cues", lambda s: np.ones(len(s), bool)))
 
     def observe(
         self,
@@ -203,7 +209,7 @@ class Estimator(nn.Module):
     configuration = "equal"  # as `build_model` was asked for
     calibrates = False  # whether training ends in a part of its own, after `calibrate` and `finish`
     causal = False  # looks at the past only
-    stages = 1  # states of each modality; `calibrate` is called so often, for a stage depends on those before it
+    stages = 1  # states of each modality; `calibrate` is called at least so often, for a stage depends on those before it
 
     def __init_subclass__(cls, name: str, **kwargs):
         super().__init_subclass__(**kwargs)

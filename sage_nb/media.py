@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from .affwild2 import (Clock, Crops, Trial, check_complete, open_video, read_annotation, read_crop_files, reconcile, sound_track,
                               stores_no_times, video_info, video_of)
-from .core import DataError
+from .core import DataError, Rows
 
 # %% auto #0
 __all__ = ['Frame', 'read_frames', 'Sound', 'read_sound', 'Cascade', 'YuNet', 'Face', 'FaceFinder', 'crop_face', 'read_crops',
@@ -59,8 +59,8 @@ def read_frames(
 @dataclass(frozen=True)
 class Sound:
     "The sound of a video, mono."
-    samples: np.ndarray  # [N] float32 in [-1, 1]; 0 where `ok` is false
-    ok: np.ndarray  # [N] bool, false in the holes of the track
+    samples: np.ndarray | Rows  # [N] float32 in [-1, 1]; 0 outside of the spans
+    spans: np.ndarray  # [K, 2] int, sorted: first sample, and one past the last, of what was recorded without a hole
     rate: int  # samples per second
     start: float  # time of the first sample, seconds on the container's clock
 
@@ -70,9 +70,16 @@ class Sound:
     ) -> np.ndarray:  # [T] bool
         "Whether there is recorded sound at these times."
         index = np.round((np.asarray(times) - self.start) * self.rate).astype(int)
-        inside = (index >= 0) & (index < len(self.ok))
-        inside[inside] = self.ok[index[inside]]
-        return inside
+        last = np.searchsorted(self.spans[:, 0], index, "right") - 1  # the span that has begun last
+        return (last >= 0) & (index < self._ends[last])
+
+    def missing(self) -> float:
+        "Share of the samples that are in no span."
+        return float(np.maximum(self.spans[1:, 0] - self._ends[:-1], 0).sum() / max(len(self.samples), 1))
+
+    @property
+    def _ends(self) -> np.ndarray:
+        return np.maximum.accumulate(self.spans[:, 1])  # spans may overlap where stamps are wrong
 
 
 _LONGEST = 4 * 3600  # seconds of sound; damaged stamps can ask for more than there is memory
@@ -81,16 +88,18 @@ _LONGEST = 4 * 3600  # seconds of sound; damaged stamps can ask for more than th
 def read_sound(
     path: str | Path,
     rate: int = 16000,  # samples per second wanted
+    scratch: str | Path | None = None,  # a folder: the samples are `Rows` on its disk; None: an array in memory
 ) -> Sound | None:  # None: the video has no sound
     "Decode the sound of a video, of several tracks the one in use (see `affwild2.sound_track`). A damaged one raises `DataError`."
-    pieces: list[tuple[float, list[np.ndarray]]] = []  # start time, resampled chunks
+    decoded, samples = Rows((), np.float32, scratch), Rows((), np.float32, scratch)  # in the order of decoding; by time
+    pieces: list[tuple[float, int]] = []  # start time, place among what was decoded
     resampler = kind = None
     begin, heard = 0.0, 0.0  # the present piece: its start and its length so far, seconds
 
     def take(chunk):
         for part in resampler.resample(chunk):
             mono = part.to_ndarray()[0]
-            pieces[-1][1].append(mono if channels == 1 else np.clip(mono * np.float32(0.5**0.5), -1, 1))
+            decoded.put(mono if channels == 1 else np.clip(mono * np.float32(0.5**0.5), -1, 1))
 
     with open_video(path) as container:
         track = sound_track(container)
@@ -105,7 +114,7 @@ def read_sound(
                         take(None)
                     kind, channels, begin, heard = new_kind, chunk.layout.nb_channels, time, 0.0
                     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-                    pieces.append((begin, []))
+                    pieces.append((begin, len(decoded)))
                 heard += chunk.samples / chunk.sample_rate
                 chunk.pts = None
                 take(chunk)
@@ -114,19 +123,20 @@ def read_sound(
         except av.FFmpegError as error:
             raise DataError(f"{path}: decoding of the sound stops at {begin + heard:.2f} s ({error.strerror}); "
                             "copy the file again") from None
-    placed = [(time, np.concatenate(chunks)) for time, chunks in pieces if chunks]
+    ends = [place for _, place in pieces[1:]] + [len(decoded)]
+    placed = [(time, place, end) for (time, place), end in zip(pieces, ends) if end > place]
     if not placed:
         return None
-    start = min(time for time, _ in placed)
-    if max(time for time, _ in placed) - start > _LONGEST:
+    start = min(time for time, _, _ in placed)
+    if max(time for time, _, _ in placed) - start > _LONGEST:
         raise DataError(f"{path}: its sound is stamped over more than {_LONGEST // 3600} hours; copy the file again, or cut it")
-    spans = [(round((time - start) * rate), values) for time, values in placed]
-    samples = np.zeros(max(position + len(values) for position, values in spans), np.float32)
-    ok = np.zeros(len(samples), bool)
-    for position, values in spans:
-        samples[position : position + len(values)] = values
-        ok[position : position + len(values)] = True
-    return Sound(samples, ok, rate, start)
+    spans, block = [], 60 * rate
+    for time, place, end in placed:
+        position = round((time - start) * rate)
+        spans.append((position, position + end - place))
+        for at in range(place, end, block):
+            samples.put(decoded[at : min(at + block, end)], at=position + at - place)
+    return Sound(samples if scratch else samples[:], np.array(sorted(spans)), rate, start)
 
 # %% ../nbs/03_media.ipynb #36faedf5
 class Cascade:
@@ -416,7 +426,8 @@ def read_trial(
     detect_every: int = 5,  # pictures between two face detections
     rate: int = 16000,  # samples per second of the sound
     face_model: str | Path | None = None,  # a YuNet file, which then detects, and several faces are followed; None: the cascade
-) -> dict[str, np.ndarray]:  # arrays by name, see below
+    scratch: str | Path | None = None,  # a folder: crops and sound, which grow with the video, are `Rows` on its disk; None: arrays
+) -> dict[str, np.ndarray | Rows]:  # arrays by name, see below
     """One trial from its files, by original frame number. T = max(annotation rows, pictures).
 
     frame [T] int32 (1..T); time [T] float64, s (beyond the last picture continued at the mean rate);
@@ -428,7 +439,12 @@ def read_trial(
         va, valid = np.zeros((0, 2), np.float32), np.zeros(0, bool)
     else:
         va, valid = read_annotation(trial.annotation)
-    seen: dict[int, tuple[np.ndarray, tuple, float]] = {}  # picture -> crop, box, score
+    crops, seen = Rows((size, size, 3), np.uint8, scratch), []  # picture - 1, box, score
+
+    def see(frame: Frame, box: tuple[float, ...], score: float, crop: np.ndarray) -> None:
+        crops.put(crop[None], at=frame.number - 1)
+        seen.append((frame.number - 1, box, score))
+
     if trial.crops is None:
         finder = FaceFinder(detect_every, trial.side, YuNet(face_model) if face_model else None, several=bool(face_model))
         times = []
@@ -436,23 +452,24 @@ def read_trial(
             times.append(frame.time)
             face = finder(frame.image)
             if face.found:
-                seen[frame.number] = crop_face(frame.image, face.box, size), face.box, face.score
+                see(frame, face.box, face.score, crop_face(frame.image, face.box, size))
     else:
         times = video_info(video).times
         for frame in read_crops(trial.crops, max(len(va), len(times))):
-            seen[frame.number] = crop_face(frame.image, whole_box(frame.image), size, margin=0), (np.nan,) * 4, 1.0
-    sound = read_sound(video, rate)
+            see(frame, (np.nan,) * 4, 1.0, crop_face(frame.image, whole_box(frame.image), size, margin=0))
+    sound = read_sound(video, rate, scratch)
     va, valid = reconcile(va, valid, len(times))
     extra = len(va) - len(times)
     period = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / video_info(video).rate
     time = np.r_[times, times[-1] + period * np.arange(1, extra + 1)]
 
-    ok = np.zeros(len(va), bool)
-    crops, box, score = np.zeros((len(va), size, size, 3), np.uint8), np.zeros((len(va), 4), np.float32), np.zeros(len(va), np.float32)
-    for number, (crop, place, sure) in seen.items():
-        ok[number - 1], crops[number - 1], box[number - 1], score[number - 1] = True, crop, place, sure
+    crops.extend(len(va))
+    ok, box, score = np.zeros(len(va), bool), np.zeros((len(va), 4), np.float32), np.zeros(len(va), np.float32)
+    for t, place, sure in seen:
+        ok[t], box[t], score[t] = True, place, sure
     return dict(
-        frame=np.arange(1, len(va) + 1, dtype=np.int32), time=time, crops=crops, box=box, score=score, visual_ok=ok, va=va, valid=valid,
+        frame=np.arange(1, len(va) + 1, dtype=np.int32), time=time, crops=crops if scratch else crops[:], box=box, score=score,
+        visual_ok=ok, va=va, valid=valid,
         sound=np.zeros(0, np.float32) if sound is None else sound.samples,
         sound_start=np.float64(0 if sound is None else sound.start), has_sound=np.bool_(sound is not None),
         audio_ok=np.zeros(len(va), bool) if sound is None else sound.covers(time))
@@ -473,5 +490,5 @@ def look_closely(
         return f"{frames} pictures decode of {expected.frames} in the container"
     if expected.has_sound and sound is None:
         return "a sound track without sound"
-    holes = 0 if sound is None else 1 - sound.ok.mean()
+    holes = 0 if sound is None else sound.missing()
     return f"{100 * holes:.1f} % of the sound is missing" if holes > 0.01 else ""

@@ -79,11 +79,14 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number, writte
 
 def _typed(key: str, value, default):
     "Return `value` in the type of `default`, or raise `DataError` naming `key`."
-    kind = type(default)
+    kind = str if default is None else type(default)
+    if value is default is None:
+        return None
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise DataError(f"params.yaml: {key} is {value!r}, but must be {_KINDS[kind]} (for example {default!r}); change it")
+        wanted = "text or null" if default is None else f"{_KINDS[kind]} (for example {default!r})"
+        raise DataError(f"params.yaml: {key} is {value!r}, but must be {wanted}; change it")
     if kind is list and default:
         return [_typed(f"{key}[{i}]", item, default[0]) for i, item in enumerate(value)]
     return value

@@ -4,35 +4,66 @@
 
 # %% ../nbs/25_suite.ipynb #503f3eef
 from __future__ import annotations
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.signal import lfilter
 from .affwild2 import Corpus, Trial, video_of
-from .core import DataError, parallel_map, read_arrays, read_json, write_arrays, write_json
+from .core import DataError, Rows, StoredRows, parallel_map, read_arrays, read_json, write_arrays, write_json
 from .corruption import FAMILIES, corrupt_picture, corrupt_sound, plan_stretches, seeded, stretch_of
-from .encoders import AUDIO_RATE, at_times, load_encoder, sound_level
-from .features import encode_trial, observation_cues, read_prepared
+from .encoders import AUDIO_RATE, embed_sound, sound_level
+from .features import encode_pictures, encode_trial, load_encoders, observation_cues, read_prepared
 from .media import FaceFinder, crop_face, read_crops, read_frames, whole_box
 
 # %% auto #0
 __all__ = ['encode_corrupted', 'encode_copies']
 
 # %% ../nbs/25_suite.ipynb #220872d2
+class _Altered:
+    "Rows that are altered as they are read, slice by slice."
+
+    def __init__(
+        self,
+        rows: np.ndarray | StoredRows,
+        alter: Callable[[int, np.ndarray], None],  # called with the place of the first row, and rows that it may change
+    ):
+        self._rows, self._alter = rows, alter
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        begin, end, _ = part.indices(len(self))
+        rows = np.array(self._rows[begin:end])
+        self._alter(begin, rows)
+        return rows
+
+
+def _with_changes(crops: StoredRows, seen: np.ndarray, changed: np.ndarray, instead: Rows) -> _Altered:
+    "Crops [T], black where nothing was `seen` [T], and with those of the frames `changed` [K] replaced by `instead` [K]."
+    def alter(begin, rows):
+        rows[~seen[begin : begin + len(rows)]] = 0
+        first, last = np.searchsorted(changed, [begin, begin + len(rows)])
+        rows[changed[first:last] - begin] = instead[first:last]
+
+    return _Altered(crops, alter)
+
+
 def _look_again(
-    trial: Trial, data: dict, wanted: list[tuple[str, int]], stretches: dict[str, np.ndarray], seed: int
-) -> Iterator[tuple[tuple[str, int], dict]]:  # condition and what it makes of `data`: crops, visual_ok, score; changed [K], their frames
+    trial: Trial, data: dict, wanted: list[tuple[str, int]], stretches: dict[str, np.ndarray], seed: int, scratch: Path
+) -> Iterator[tuple[tuple[str, int], dict]]:  # condition and what it makes of `data`: crops, visual_ok, score; frames that changed [K], their crops
     "See a video under all visual conditions."
     ok, size, given = data["visual_ok"], data["crops"].shape[1], trial.crops is not None
     last = np.maximum.accumulate(np.where(ok, np.arange(len(ok)), ok.argmax()))  # frame in which the face was last seen
     inside = {family: stretch_of(data["time"], stretches[family]) for family, _ in wanted}
     finders = {family: FaceFinder(side=trial.side) for family, severity in wanted if severity == 3}
-    found = {condition: (ok.copy(), data["score"].copy(), {}) for condition in wanted}
+    found = {condition: (ok.copy(), data["score"].copy(), [], Rows((size, size, 3), np.uint8, scratch)) for condition in wanted}
     for frame in read_crops(trial.crops, len(ok)) if given else read_frames(video_of(trial)):
         t, whole = frame.number - 1, whole_box(frame.image)
         where = data["box"][last[t]] if ok.any() and not given else whole
         for family, severity in wanted:
-            seen, score, crops = found[family, severity]
+            seen, score, changed, instead = found[family, severity]
             image, box, altered = frame.image, whole if given else data["box"][t], inside[family][t] >= 0
             if altered:
                 image = corrupt_picture(image, where, family, severity, seeded(seed, family, trial.id, str(inside[family][t])))
@@ -42,27 +73,26 @@ def _look_again(
                 altered |= not np.array_equal(np.float32(face.box), box)
                 box = face.box
             if altered and seen[t]:
-                crops[t] = crop_face(image, box, size, margin=0 if given else 0.1)
-    for condition, (seen, score, crops) in found.items():
-        changed = np.array(sorted(crops), int)
-        pictures = np.where(seen[:, None, None, None], data["crops"], np.uint8(0))
-        if len(changed):
-            pictures[changed] = [crops[t] for t in changed]
-        yield condition, dict(crops=pictures, visual_ok=seen, score=score, changed=changed)
+                changed.append(t)
+                instead.put(crop_face(image, box, size, margin=0 if given else 0.1)[None])
+    for condition, (seen, score, changed, instead) in found.items():
+        changed = np.array(changed, int)
+        yield condition, dict(crops=_with_changes(data["crops"], seen, changed, instead), visual_ok=seen, score=score, changed=changed, instead=instead)
 
 
 def _encode_pictures(net: torch.nn.Module, clean: dict, data: dict, seen: dict) -> dict[str, np.ndarray]:
-    visual = np.where(seen["visual_ok"][:, None], clean["visual"], np.float32(0))
-    for at in range(0, len(seen["changed"]), 256):
-        part = seen["changed"][at : at + 256]
-        visual[part] = net(torch.from_numpy(seen["crops"][part])).numpy()
+    visual, changed = np.where(seen["visual_ok"][:, None], clean["visual"], clean["visual"].dtype.type(0)), seen["changed"]
+    for rows in encode_pictures(net, seen["instead"], np.ones(len(changed), bool)):
+        visual[changed[: len(rows)]] = rows
+        changed = changed[len(rows) :]
     return dict(visual=visual, visual_ok=seen["visual_ok"], cues=observation_cues({**data, **seen}))
 
 # %% ../nbs/25_suite.ipynb #8a3047a1
 def _encode_sound(net: torch.nn.Module, clean: dict, data: dict, samples: np.ndarray) -> dict[str, np.ndarray]:
     audio = clean["audio"]
     if clean["audio_ok"].any():
-        audio, _ = at_times(net(torch.from_numpy(samples)[None])[0].numpy(), data["sound_start"], data["time"])
+        moments = data["time"] - data["sound_start"]
+        audio = np.concatenate([rows for _, rows, _ in embed_sound(net, samples, moments)]).astype(audio.dtype)
     return dict(audio=audio, audio_ok=clean["audio_ok"], cues=observation_cues({**data, "sound": samples}))
 
 
@@ -73,9 +103,7 @@ def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int]) -> None:
     wanted = [condition for condition, path in paths.items() if not path.exists()]
     if not wanted:
         return
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)  # there is a process a core
-    see, hear = (load_encoder(encoders / f"{kind}.safetensors", kind) for kind in ("visual", "audio"))
+    see, hear = load_encoders(encoders)
     data = read_prepared(prepared / f"{trial.id}.safetensors")
     clean, meta = read_arrays(store / f"{trial.id}.safetensors")
     stretches = {family: plan_stretches(data["time"], seeded(seed, family, trial.id)) for family, _ in wanted}
@@ -86,28 +114,31 @@ def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int]) -> None:
 
     visual, audio = ([c for c in wanted if FAMILIES[c[0]].modality == modality] for modality in ("visual", "audio"))
     if visual:
-        for condition, seen in _look_again(trial, data, visual, stretches, seed):
+        folder.mkdir(parents=True, exist_ok=True)
+        for condition, seen in _look_again(trial, data, visual, stretches, seed, folder):
             write(condition, _encode_pictures(see, clean, data, seen))
     voices = []
     if any(family == "babble" for family, _ in audio) and data["has_sound"]:
         chosen = seeded(seed, "voices", trial.id).permutation(others)[:3]
         voices = [read_arrays(prepared / f"{other}.safetensors", ["sound"])[0]["sound"] for other in chosen]
-    moments = data["sound_start"] + np.arange(len(data["sound"])) / AUDIO_RATE
+    sound = data["sound"][:]
+    moments = data["sound_start"] + np.arange(len(sound)) / AUDIO_RATE
     for family, severity in audio:
         rng = seeded(seed, family, trial.id, "sound")
-        samples = corrupt_sound(data["sound"], AUDIO_RATE, stretch_of(moments, stretches[family]) >= 0, family, severity, rng, voices)
+        samples = corrupt_sound(sound, AUDIO_RATE, stretch_of(moments, stretches[family]) >= 0, family, severity, rng, voices)
         write((family, severity), _encode_sound(hear, clean, data, samples))
 
 
 def encode_corrupted(
     corpus: Corpus,  # for the videos
     prepared: str | Path,  # from `prepare_corpus`
-    encoders: str | Path,  # from `train_encoders`
+    encoders: str | Path,  # from `make_encoders`
     store: str | Path,  # the feature store, clean
     folder: str | Path,  # receives <family>-<severity>/<trial>.safetensors; those already there are kept
     split: str = "validation",
     seed: int = 0,  # decides stretches, objects, noises and voices
     workers: int = 0,  # processes; 0 = one a core
+    scheduler: str | None = None,  # address of a Dask scheduler, whose workers do it instead
 ) -> None:
     "Encode every trial of a split under every media family and severity. A folder made otherwise, and a trial without a video, raise `DataError`."
     prepared, store, folder = Path(prepared), Path(store), Path(folder)
@@ -122,13 +153,13 @@ def encode_corrupted(
     write_json(folder / "suite.json", about)
     tasks = [(trials[name], [other for other in heard if index[other]["group"] != index[name]["group"]],
               prepared, Path(encoders), store, folder, seed) for name in names]
-    parallel_map(_encode, tasks, workers, "corrupting")
+    parallel_map(_encode, tasks, workers, "corrupting", scheduler)
 
 # %% ../nbs/25_suite.ipynb #bd0250c4
 def _corrupt_faces(
     crops: np.ndarray,  # [K, S, S, 3] uint8, of one stretch
     rng: np.random.Generator,
-    other: np.ndarray | None,  # [N, S, S, 3] uint8, somebody else
+    other: tuple[np.ndarray | StoredRows, np.ndarray] | None,  # [N, S, S, 3] uint8, somebody else, and in which of these [F] their face was found
 ) -> np.ndarray:  # [K, S, S, 3] uint8
     "The faces of one stretch, as they would have been."
     size = crops.shape[1]
@@ -148,11 +179,18 @@ def _corrupt_faces(
     if kind == "object":
         out[:, rows, columns] = rng.integers(30, 220, 3)
     else:
-        out[:, rows, columns] = other[(rng.integers(len(other)) + np.arange(len(crops))) % len(other), rows, columns]
+        faces, found = other
+        out[:, rows, columns] = _take(faces, found[(rng.integers(len(found)) + np.arange(len(crops))) % len(found)])[:, rows, columns]
     return out
 
 
-def _loudness(sound: np.ndarray) -> float:
+def _take(rows: np.ndarray | StoredRows, places: np.ndarray) -> np.ndarray:
+    "Rows in the order of their places [K], read in as few slices as that takes."
+    runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+    return np.concatenate([rows[run[0] : run[-1] + 1] for run in runs])
+
+
+def _loudness(sound: np.ndarray | StoredRows) -> float:
     "Root mean square of the loud moments of a sound [N]."
     return 10 ** (np.quantile(sound_level(sound, 0.0, np.arange(0, len(sound) / AUDIO_RATE, 0.1)), 0.85) / 20)
 
@@ -164,15 +202,16 @@ def _corrupt_voice(
     sound: np.ndarray,  # [K] float32, of one stretch
     loud: float,  # of the whole clip
     rng: np.random.Generator,
-    other: np.ndarray | None,  # [N] float32, somebody else
+    other: tuple[np.ndarray | StoredRows, float] | None,  # [N] float32, somebody else, and how loud that is
 ) -> np.ndarray:  # [K] float32 in [-1, 1]
     "The sound of one stretch, as it would have been; what is done fades in and out within a hundredth of a second."
     kinds = {kind: share for kind, share in _SOUND_KINDS.items() if kind != "babble" or other is not None}
     kind = rng.choice(list(kinds), p=np.divide(list(kinds.values()), sum(kinds.values())))
     count, worse = len(sound), np.zeros(len(sound))
     if kind == "babble":
-        voice = np.resize(np.roll(other, -int(rng.integers(len(other)))), count)
-        worse = rng.uniform(0, 0.8) * sound + voice * (rng.uniform(0.7, 1.6) * loud / _loudness(other))
+        voice, loudness = other
+        voice = _take(voice, (rng.integers(len(voice)) + np.arange(count)) % len(voice))
+        worse = rng.uniform(0, 0.8) * sound + voice * (rng.uniform(0.7, 1.6) * loud / loudness)
     elif kind == "noise":
         colour = rng.uniform(0, 0.9)
         worse = sound + lfilter([1], [1, -colour], rng.standard_normal(count)) * (np.sqrt(1 - colour**2) * loud * rng.uniform(0.2, 2))
@@ -186,44 +225,70 @@ def _corrupt_voice(
     return (sound + weight * (worse - sound)).clip(-1, 1).astype(np.float32)
 
 
+@lru_cache(maxsize=None)
+def _face_of(path: Path) -> tuple[StoredRows, np.ndarray]:
+    return StoredRows(path, "crops"), np.flatnonzero(read_arrays(path, ["visual_ok"])[0]["visual_ok"])
+
+
+@lru_cache(maxsize=None)
+def _voice_of(path: Path) -> tuple[StoredRows, float]:
+    sound = StoredRows(path, "sound")
+    return sound, _loudness(sound)
+
+
+def _in_stretches(rows: StoredRows, edges: np.ndarray, alter: Callable[[int, np.ndarray], np.ndarray]) -> _Altered:
+    "Rows of which each stretch [K, 2] (first place, and one past the last) is what `alter` makes of its number and its rows."
+    @lru_cache(1)  # a stretch that is cut by a border of slices is wanted twice in a row
+    def stretch(k):
+        return alter(k, rows[slice(*edges[k])])
+
+    def put(begin, part):
+        for k in np.flatnonzero((edges[:, 0] < begin + len(part)) & (edges[:, 1] > begin) & (edges[:, 0] < edges[:, 1])):
+            first, last = max(edges[k, 0], begin), min(edges[k, 1], begin + len(part))
+            part[first - begin : last - begin] = stretch(k)[first - edges[k, 0] : last - edges[k, 0]]
+
+    return _Altered(rows, put)
+
+
 def _encode_copy(task: tuple[str, dict, list[str], list[str], Path, Path, Path, int]) -> None:
     name, meta, faces, voices, prepared, encoders, store, seed = task
     path = store / "copies" / f"{name}.safetensors"
     if path.exists():
         return
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)  # there is a process a core
     data = read_prepared(prepared / f"{name}.safetensors")
     visual, audio = (plan_stretches(data["time"], seeded(seed, "copy", modality, name)) for modality in ("visual", "audio"))
     inside = np.stack([stretch_of(data["time"], stretches) for stretches in (visual, audio)], 1)
-    crops, sound, ok = data["crops"].copy(), data["sound"].copy(), data["visual_ok"].astype(bool)
-    for k in range(len(visual)):
-        rng, other, here = seeded(seed, "copy", "faces", name, str(k)), None, (inside[:, 0] == k) & ok
-        if faces:
-            arrays, _ = read_arrays(prepared / f"{rng.choice(faces)}.safetensors", ["crops", "visual_ok"])
-            other = arrays["crops"][arrays["visual_ok"].astype(bool)]
+    ok, frames, loud = data["visual_ok"].astype(bool), np.searchsorted(data["time"], visual), _loudness(data["sound"]) if data["has_sound"] else 0.0
+
+    def alter_faces(k, crops):
+        rng, here = seeded(seed, "copy", "faces", name, str(k)), ok[slice(*frames[k])]
+        other = _face_of(prepared / f"{rng.choice(faces)}.safetensors") if faces else None
         if here.any():
             crops[here] = _corrupt_faces(crops[here], rng, other)
-    edges = np.rint((audio - data["sound_start"]) * AUDIO_RATE).astype(int).clip(0, len(sound))
-    for k, (begin, end) in enumerate(edges):
-        rng, other = seeded(seed, "copy", "voices", name, str(k)), None
-        if voices:
-            other = read_arrays(prepared / f"{rng.choice(voices)}.safetensors", ["sound"])[0]["sound"]
-        if begin < end:
-            sound[begin:end] = _corrupt_voice(data["sound"][begin:end], _loudness(data["sound"]), rng, other)
-    nets = [load_encoder(encoders / f"{kind}.safetensors", kind) for kind in ("visual", "audio")]
-    arrays = encode_trial({**data, "crops": crops, "sound": sound}, *nets)
+        return crops
+
+    def alter_voice(k, sound):
+        rng = seeded(seed, "copy", "voices", name, str(k))
+        other = _voice_of(prepared / f"{rng.choice(voices)}.safetensors") if voices else None
+        return _corrupt_voice(sound, loud, rng, other)
+
+    samples = np.rint((audio - data["sound_start"]) * AUDIO_RATE).astype(int).clip(0, len(data["sound"]))
+    altered = dict(crops=_in_stretches(data["crops"], frames, alter_faces), sound=_in_stretches(data["sound"], samples, alter_voice))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = StoredRows(store / f"{name}.safetensors", "visual").dtype == np.float16
+    arrays = encode_trial({**data, **altered}, *load_encoders(encoders), half, path.parent)
     corrupted = (inside >= 0) & np.stack([arrays["visual_ok"], arrays["audio_ok"]], 1)
     write_arrays(path, dict({key: arrays[key] for key in ("visual", "audio", "visual_ok", "audio_ok", "cues")}, corrupted=corrupted), meta)
 
 
 def encode_copies(
     prepared: str | Path,  # from `prepare_corpus`
-    encoders: str | Path,  # from `train_encoders`
+    encoders: str | Path,  # from `make_encoders`
     store: str | Path,  # the feature store; receives copies/<trial>.safetensors; those already there are kept
     splits: tuple[str, ...] = ("train", "calibration"),
     seed: int = 0,  # decides stretches, kinds, strengths and persons
     workers: int = 0,  # processes; 0 = one a core
+    scheduler: str | None = None,  # address of a Dask scheduler, whose workers do it instead
 ) -> None:
     "Encode every trial of the splits once more, corrupted on purpose. A split that is not there, and copies of another seed, raise `DataError`."
     prepared, store = Path(prepared), Path(store)
@@ -244,4 +309,4 @@ def encode_copies(
 
     write_json(about, dict(seed=seed))
     tasks = [(name, index[name], others(name, faces), others(name, voices), prepared, Path(encoders), store, seed) for name in names]
-    parallel_map(_encode_copy, tasks, workers, "copying")
+    parallel_map(_encode_copy, tasks, workers, "copying", scheduler)

@@ -4,11 +4,11 @@
 
 # %% ../nbs/15_training.ipynb #5b9708f6
 from __future__ import annotations
-import math
+import hashlib, math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
-import hashlib
 import numpy as np
 import torch
 from torch import nn
@@ -180,18 +180,19 @@ def _refine(model: Estimator, train: list[Sequence], settings: Settings, seed: i
     torch.manual_seed(int(rng.integers(2**31)))
     model.eval()
     share = 0.8 if settings.augment else 0.0  # more copies than in training: they are what the branch has to know
-    batches = [augment(batch, rng, share, model.front.cue_owners, copies=0.7).to(device)
-               for _ in range(4) for batch in training_batches(train, settings.window, settings.batch, rng)]
-    batches = [batches[i] for i in rng.permutation(len(batches))]
+    batches = (batch for _ in range(4) for batch in training_batches(train, settings.window, settings.batch, rng))
+    said = []
     with torch.no_grad():
-        outputs = [model(*b.inputs) for b in batches]
-    model.refine(outputs, [b.va for b in batches], [b.valid for b in batches], [b.corrupted for b in batches],
-                 settings.refine_steps, settings.refine_rate)
+        for batch in islice(batches, settings.refine_steps):  # one a step at most, or a large corpus would not fit into memory
+            batch = augment(batch, rng, share, model.front.cue_owners, copies=0.7).to(device)
+            said.append((model(*batch.inputs), batch.va, batch.valid, batch.corrupted))
+    outputs, va, valid, corrupted = zip(*(said[i] for i in rng.permutation(len(said))))
+    model.refine(outputs, va, valid, corrupted, settings.refine_steps, settings.refine_rate)
 
 
 def _calibrate(model: Estimator, train: list[Sequence], calibration: list[Sequence], settings: Settings, seed: int, device: torch.device) -> None:
-    """Refine on training subjects, then calibrate on subjects that trained nothing: several times, for what is fitted changes the trust in the input
-    and in senders, and so the states whose errors were measured."""
+    """Refine on training subjects, then calibrate on subjects that trained nothing: several times, for what is fitted changes the trust in senders
+    (and, where the input is gated, in the input: hence two rounds more), and so the states whose errors were measured."""
     if settings.refine_steps:
         _refine(model, train, settings, seed, device)
     for _ in range(model.stages + 2):

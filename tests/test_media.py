@@ -66,7 +66,8 @@ def test_sound_is_resampled_and_keeps_its_length(tmp_path, rate):
     seconds = np.arange(2 * SOUND_RATE) / SOUND_RATE
     path = write_video(tmp_path / "tone.avi", flashing(50), np.arange(50) / 25, 0.4 * np.sin(2 * np.pi * 440 * seconds))
     sound = read_sound(path, rate)
-    assert sound.rate == rate and sound.samples.dtype == np.float32 and abs(len(sound.samples) - 2 * rate) <= 2 and sound.ok.all()
+    assert sound.rate == rate and sound.samples.dtype == np.float32 and abs(len(sound.samples) - 2 * rate) <= 2
+    assert sound.spans.tolist() == [[0, len(sound.samples)]] and sound.missing() == 0
     middle = sound.samples[rate // 2 : 3 * rate // 2]
     assert np.abs(np.fft.rfft(middle)).argmax() == 440 and np.abs(middle).max() == pytest.approx(0.4, abs=0.02)
     expected = 0.4 * np.sin(2 * np.pi * 440 * np.arange(len(middle)) / rate + 2 * np.pi * 440 * 0.5)
@@ -81,13 +82,17 @@ def test_a_hole_in_the_sound_is_not_silence(tmp_path):
     sound = read_sound(path)
     inside = sound.covers(np.array([0.5, 1.3, 1.6, 1.8, 2.5, -1.0, 9.0]))
     assert inside.tolist() == [True, False, False, True, True, False, False]
-    assert (sound.samples[~sound.ok] == 0).all() and (~sound.ok).sum() == pytest.approx(0.7 * 16000, abs=16000 * 0.03)
+    (_, begin), (end, _) = sound.spans
+    assert (sound.samples[begin:end] == 0).all() and end - begin == pytest.approx(0.7 * 16000, abs=16000 * 0.03)
+    assert sound.missing() == pytest.approx((end - begin) / len(sound.samples))
     assert len(sound.samples) == pytest.approx(2.7 * 16000, abs=16000 * 0.05)
 
 
 def test_covers_is_about_samples():
-    sound = Sound(np.zeros(4, np.float32), np.array([True, False, True, True]), 10, 0.5)
+    sound = Sound(np.zeros(4, np.float32), np.array([[0, 1], [2, 4]]), 10, 0.5)
     assert sound.covers([0.4, 0.5, 0.6, 0.7, 0.8, 0.9]).tolist() == [False, True, False, True, True, False]
+    overlapping = Sound(np.zeros(9, np.float32), np.array([[0, 6], [2, 3], [8, 9]]), 10, 0.0)
+    assert overlapping.covers(np.arange(9) / 10).tolist() == [True] * 6 + [False] * 2 + [True] and overlapping.missing() == 2 / 9
 
 
 def test_no_sound_track(tmp_path):

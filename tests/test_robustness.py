@@ -9,10 +9,11 @@ from clips import SOUND_RATE, annotate, talking, write_video
 
 from sage_nb import robustness, suite
 from sage_nb.affwild2 import Corpus
+from sage_nb.backbones import save_encoder
 from sage_nb.baselines import build_model
 from sage_nb.core import DataError, read_arrays, read_json, write_arrays, write_json
 from sage_nb.corruption import FAMILIES, Condition, conditions
-from sage_nb.encoders import AudioEncoder, VisualEncoder, save_encoder
+from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.evaluation import read_table, write_table
 from sage_nb.features import CUE_OWNERS, CUES, encode_corpus, load_sequences, prepare_corpus
 from sage_nb.metrics import ccc, group_moments, moments

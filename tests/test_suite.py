@@ -7,7 +7,8 @@ from clips import talking
 
 from sage_nb import suite
 from sage_nb.core import DataError, read_arrays, write_arrays, write_json
-from sage_nb.encoders import AudioEncoder, VisualEncoder, save_encoder
+from sage_nb.backbones import save_encoder
+from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.features import CUE_OWNERS, CUES, encode_corpus, load_sequences, observation_cues
 from sage_nb.suite import encode_copies
 
@@ -32,7 +33,8 @@ def look(shift):
 
 
 def trial(number=0):
-    return dict(crops=look(8 * number), visual_ok=np.ones(COUNT, bool), score=np.full(COUNT, 9, np.float32), va=np.zeros((COUNT, 2), np.float32),
+    return dict(crops=look(8 * number), visual_ok=np.ones(COUNT, bool), score=np.full(COUNT, 9, np.float32), box=np.ones((COUNT, 4), np.float32),
+                va=np.zeros((COUNT, 2), np.float32),
                 valid=np.arange(COUNT) % 7 > 0, frame=np.arange(1, COUNT + 1, dtype=np.int32), time=TIMES, sound=voice(110 + 30 * number, seed=number),
                 audio_ok=np.ones(COUNT, bool))
 
@@ -150,6 +152,7 @@ def test_somebody_else_is_of_another_group_of_the_same_split(made, monkeypatch):
 # --- what happens in a stretch
 
 FACES, OTHER = look(0)[:30], look(60)[:7]
+SOMEBODY = (OTHER, np.arange(len(OTHER)))
 
 
 def what_happened(crops) -> str:
@@ -167,7 +170,7 @@ def what_happened(crops) -> str:
 def test_pictures_meet_four_things_and_the_light_is_never_dark():
     before, count, low = FACES.copy(), {}, []
     for number in range(120):
-        crops = suite._corrupt_faces(FACES, np.random.default_rng(number), OTHER)
+        crops = suite._corrupt_faces(FACES, np.random.default_rng(number), SOMEBODY)
         assert crops.shape == FACES.shape and crops.dtype == np.uint8
         kind = what_happened(crops)
         count[kind] = count.get(kind, 0) + 1
@@ -177,7 +180,7 @@ def test_pictures_meet_four_things_and_the_light_is_never_dark():
             low.append(np.flatnonzero((crops != FACES).any((0, 2, 3)))[0] >= 18)
         if kind == "light":
             assert crops.mean() > 0.58 * FACES.mean()  # of which rounding down takes half a level
-        assert np.array_equal(crops, suite._corrupt_faces(FACES, np.random.default_rng(number), OTHER))
+        assert np.array_equal(crops, suite._corrupt_faces(FACES, np.random.default_rng(number), SOMEBODY))
     assert set(count) == {"object", "face", "blur", "light"} and min(count.values()) > 15
     assert 0.5 < np.mean(low) < 0.95 and np.array_equal(FACES, before)
     alone = {what_happened(suite._corrupt_faces(FACES, np.random.default_rng(number), None)) for number in range(40)}
@@ -185,7 +188,7 @@ def test_pictures_meet_four_things_and_the_light_is_never_dark():
 
 
 def test_a_pasted_face_moves():
-    pasted = [crops for number in range(20) if what_happened(crops := suite._corrupt_faces(FACES, np.random.default_rng(number), OTHER)) == "face"]
+    pasted = [crops for number in range(20) if what_happened(crops := suite._corrupt_faces(FACES, np.random.default_rng(number), SOMEBODY)) == "face"]
     assert all((crops[0] != crops[3]).any() and len(crops) > len(OTHER) for crops in pasted) and pasted
 
 
@@ -194,7 +197,7 @@ def test_sounds_meet_four_things():
     loud, before, count = suite._loudness(own), own.copy(), dict(mute=0, clipping=0, babble=0, noise=0)
     middle = slice(RATE // 2, -RATE // 2)
     for number in range(150):
-        out = suite._corrupt_voice(own, loud, np.random.default_rng(number), other)
+        out = suite._corrupt_voice(own, loud, np.random.default_rng(number), (other, suite._loudness(other)))
         assert out.dtype == np.float32 and out.shape == own.shape and np.abs(out).max() <= 1
         assert abs(out[0] - own[0]) < 0.01 and abs(out[-1] - own[-1]) < 0.01  # no click
         level = np.sqrt((out[middle] ** 2).mean())
@@ -222,7 +225,8 @@ def test_sounds_meet_four_things():
 def test_silence_can_be_corrupted_too():
     silence = np.zeros(RATE, np.float32)
     for number in range(30):
-        out = suite._corrupt_voice(silence, suite._loudness(silence), np.random.default_rng(number), silence)
+        loud = suite._loudness(silence)
+        out = suite._corrupt_voice(silence, loud, np.random.default_rng(number), (silence, loud))
         assert np.isfinite(out).all() and np.abs(out).max() < 0.01
 
 
