@@ -102,7 +102,8 @@ def submit(
         raise DataError(f"{run}/run.json: not the record of a trained run; train it again") from None
     asked, sequences = {trial for trial, _ in read_test_list(test_list)}, load_sequences(features, "test")
     if lacking := sorted(asked - {sequence.id for sequence in sequences}):
-        raise DataError(f"{features}: trial {lacking[0]}, which {test_list.name} asks for, is not in it; prepare and encode the corpus first")
+        raise DataError(f"{features}: trial {lacking[0]}, which {test_list.name} asks for, is not in it; "
+                        "mend its video if broken.json beside the prepared trials names it, and prepare and encode the corpus again")
     predictions = {}
     for sequence in progress([sequence for sequence in sequences if sequence.id in asked], "predicting"):
         try:

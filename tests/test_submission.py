@@ -16,10 +16,11 @@ from conftest import environment
 from corpora import archive, jpg
 
 from sage_nb.affwild2 import Corpus, check_submission, read_test_list, write_submission
+from sage_nb.backbones import save_encoder
 from sage_nb.baselines import build_model
 from sage_nb.cli import main
 from sage_nb.core import DataError, read_json, write_json
-from sage_nb.encoders import AudioEncoder, VisualEncoder, save_encoder
+from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.features import CUES, encode_corpus, load_sequences, prepare_corpus
 from sage_nb.training import fit, load_run, predict_sequences
 
