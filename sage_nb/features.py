@@ -4,9 +4,10 @@
 
 # %% ../nbs/09_features.ipynb #1f45b1c0
 from __future__ import annotations
-import sys
+import os, sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.ndimage import gaussian_filter1d
@@ -21,6 +22,11 @@ __all__ = ['CUES', 'CUE_OWNERS', 'each_trial', 'prepare_corpus', 'read_prepared'
            'encode_pictures', 'encode_trial', 'load_encoders', 'encode_corpus', 'load_sequences', 'load_sequence']
 
 # %% ../nbs/09_features.ipynb #8f45c470
+def _from(folder: str, function: Callable, task: tuple) -> None:
+    os.chdir(folder)  # paths in a task may be relative, and a worker was started somewhere else
+    function(task)
+
+
 def each_trial(
     function: Callable,  # importable, of one task; it writes one file, whole, or raises `DataError`
     tasks: dict[str, tuple],  # trial -> task
@@ -31,7 +37,7 @@ def each_trial(
     skip_broken: bool = False,  # whether trials that cannot be read are left out; otherwise they raise `DataError` when all others are done
 ) -> set[str]:  # the trials that were left out
     "Do something to every trial, and tell which ones it could not be done to."
-    done = parallel_map(function, tasks.values(), workers, title, scheduler, keep_going=True)
+    done = parallel_map(partial(_from, os.getcwd(), function) if scheduler else function, tasks.values(), workers, title, scheduler, keep_going=True)
     broken = {trial: str(error) for trial, error in zip(tasks, done) if isinstance(error, DataError)}
     (report := Path(folder) / "broken.json").unlink(missing_ok=True)
     if broken:
