@@ -4,8 +4,7 @@ PYTHON ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
-MODULE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m
-PIPELINE = $(MODULE) sage_nb.pipeline
+PIPELINE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m sage_nb.pipeline
 
 .PHONY: help env repro tune replicate verify test bench readme lab clean
 
@@ -15,7 +14,7 @@ help:
 	@echo "make replicate  the comparison again on two more sample corpora, made for it (about half an hour; not part of make repro)"
 	@echo "make test       every check (makes $(VENV) and fetches the sample first): notebooks, package, tests, the pipeline at a small size"
 	@echo "make verify     rebuild from raw video what make repro made of results/, and compare with what is committed"
-	@echo "make bench      time every model in one run and write results/bench.json (about 3 minutes; the efficiency table is made from it)"
+	@echo "make bench      time every model, and extraction, and write results/bench.json and results/extraction.json (about 7 minutes; the efficiency table is made from the former)"
 	@echo "make readme     write README.md from nbs/index.ipynb"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make clean      remove everything that can be made again (not data, results or the environment)"
@@ -41,7 +40,7 @@ test: env
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 bench: env
-	@$(MODULE) sage_nb.efficiency
+	@$(PIPELINE) bench
 
 lab: env
 	@exec jupyter lab nbs

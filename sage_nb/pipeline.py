@@ -12,10 +12,10 @@ from . import core
 from .core import DataError
 
 # %% auto #0
-__all__ = ['GIVEN', 'TOLERANCE', 'GAIN_TOLERANCE', 'read_params', 'read_stages', 'notebook_parameters', 'stage_parameters',
-           'is_sample', 'check_params', 'imported_modules', 'import_closure', 'provenance', 'execute', 'PeakMemory',
-           'run_stage', 'write_sources', 'launch_dvc', 'fetch_sample', 'repro', 'table_differences', 'verify',
-           'render_readme', 'write_readme', 'main']
+__all__ = ['GIVEN', 'TOLERANCE', 'GAIN_TOLERANCE', 'RECORDS', 'read_params', 'read_stages', 'notebook_parameters',
+           'stage_parameters', 'is_sample', 'check_params', 'imported_modules', 'import_closure', 'provenance',
+           'execute', 'PeakMemory', 'run_stage', 'write_sources', 'launch_dvc', 'fetch_sample', 'repro',
+           'table_differences', 'verify', 'render_readme', 'write_readme', 'bench', 'main']
 
 # %% ../nbs/22_pipeline.ipynb #22785687
 def read_params(
@@ -506,6 +506,7 @@ def repro(
 # %% ../nbs/22_pipeline.ipynb #4f67894f
 TOLERANCE = 0.03  # of a score, between two processors
 GAIN_TOLERANCE = 0.015  # of a difference of scores (columns sage_gain...), which must also keep its sign
+RECORDS = dict(models="results/bench.json", extraction="results/extraction.json")  # what `bench` measured; timings do not repeat
 
 
 def _agree(heading: str, committed: str, rebuilt: str) -> bool:
@@ -537,11 +538,11 @@ def table_differences(
 def verify(
     root: Path,
 ) -> int:  # exit code: 0 if the results are reproduced
-    "Remove results/ except what a stage reads of it and what stages apart made, rebuild the rest, and compare with what is committed."
+    "Remove results/ except what a stage reads of it, what stages apart made and what was measured, rebuild the rest, and compare with what is committed."
     paths = read_params(root)["paths"]
     results, stages = paths["results"], read_stages(root, paths).values()
     apart = [root / out for stage in stages if stage["apart"] for out in stage["outs"]]
-    spared = apart + [root / dep for stage in stages for dep in stage["deps"]]
+    spared = apart + [root / record for record in RECORDS.values()] + [root / dep for stage in stages for dep in stage["deps"]]
     if not (tracked := _git(root, "ls-files", "--", results).split("\n")[:-1]):
         raise DataError(f"{results}: nothing of it is in git, so there is nothing to compare with; set paths.results to results")
     status = _git(root, "status", "--porcelain", "--untracked-files=all", "--", results, "dvc.lock").splitlines()
@@ -631,6 +632,24 @@ def write_readme(
     return 0
 
 # %% ../nbs/22_pipeline.ipynb #cf29333f
+def bench(
+    root: Path,
+    part: str | None = None,  # a key of `RECORDS`; default: all
+) -> None:
+    "Measure, print what was found, and write the records. A bar that is missed is only told."
+    from sage_nb.efficiency import bench_text, extraction_text, write_bench, write_extraction
+
+    for name in [part] if part else RECORDS:
+        path = root / RECORDS[name]
+        if name == "models":
+            print(bench_text(write_bench(path)), end="")
+        else:
+            corpus = root / read_params(root).get("paths", {}).get("corpus", "data/corpus")
+            (root / ".work").mkdir(exist_ok=True)
+            print(extraction_text(write_extraction(path, corpus if corpus.is_dir() else None, scratch=root / ".work")), end="")
+        print(f"written to {path.relative_to(root)}\n", flush=True)
+
+# %% ../nbs/22_pipeline.ipynb #72173329
 def main(
     arguments: list[str] | None = None,  # default: those of the command line
 ) -> int:  # exit code: 2 for bad input, with one sentence
@@ -644,6 +663,7 @@ def main(
     commands.add_parser("verify", help="rebuild results/ and compare with what is committed")
     commands.add_parser("run", help="run one stage (called by dvc)").add_argument("stage")
     commands.add_parser("sources", help="write source-only copies of the stages' notebooks (called by dvc)")
+    commands.add_parser("bench", help="measure what models and extraction cost").add_argument("part", nargs="?", choices=RECORDS, help="only this")
     commands.add_parser("readme", help="write README.md").add_argument("--check", action="store_true", help="compare only")
     commands.add_parser("dvc", help="run dvc, tied to this process").add_argument("rest", nargs=argparse.REMAINDER)
     given = parser.parse_args(arguments)
@@ -659,6 +679,8 @@ def main(
             fetch_sample(root)
         elif given.command == "sources":
             write_sources(root)
+        elif given.command == "bench":
+            bench(root, given.part)
         elif given.command == "dvc":
             launch_dvc(root, given.rest)
         elif given.command == "readme":

@@ -1,14 +1,21 @@
-"What models cost: against counts by hand, and that the record is whole."
+"What models and extraction cost: against counts by hand, that both sides do the same work, and that the records are whole."
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from clips import annotate, beeps, talking, write_video
+from conftest import ROOT, commit
 from torch import nn
 
-from sage_nb import efficiency
+from sage_nb import efficiency, pipeline
+from sage_nb.backbones import ImageEncoder
 from sage_nb.baselines import build_model
-from sage_nb.core import DataError, read_json
-from sage_nb.efficiency import FORMS, bars, bench_text, count_parameters, made_up_batch, measure, multiply_adds, time_step, write_bench
+from sage_nb.core import DataError, read_arrays, read_json, write_json
+from sage_nb.efficiency import (FORMS, bars, bench_text, count_parameters, extraction_text, made_up_batch, measure, measure_extraction, multiply_adds,
+                                time_step, write_bench, write_extraction)
+from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.interaction import Estimator, Output, TemporalConv
 
 SMALL = dict(batch=2, frames=20, visual_dim=6, audio_dim=5)
@@ -157,3 +164,167 @@ def test_threads_and_garbage_collection_are_as_before(monkeypatch):
 def test_bad_input(options, words):
     with pytest.raises(DataError, match=words):
         measure(**options, **SMALL)
+
+
+# --- extraction
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    "A corpus of three videos of 20, 30 and 40 pictures."
+    root = tmp_path_factory.mktemp("corpus")
+    for frames in (40, 20, 30):
+        write_video(root / "videos" / f"v{frames}.mp4", talking(frames), np.arange(frames) / 30, beeps([0.2], frames / 30))
+        annotate(root / "VA_Estimation_Challenge/Train_Set" / f"v{frames}.txt", [(0.1, 0.2)] * frames)
+    return root
+
+
+def small_encoders(monkeypatch) -> list:
+    "In the place of the lineage's; which were asked for."
+    built = []
+
+    def build(kind, name, **options):
+        built.append((kind, name, options))
+        return dict(visual=VisualEncoder, audio=AudioEncoder)[kind]()
+
+    monkeypatch.setattr(efficiency, "build_encoder", build)
+    return built
+
+
+def test_extraction_is_measured_and_nothing_is_left(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(efficiency, "cores", lambda: 2)
+    built = small_encoders(monkeypatch)
+    (tmp_path / "scratch").mkdir()
+    record = write_extraction(tmp_path / "results/extraction.json", corpus, scratch=tmp_path / "scratch", pictures=40, enlarged=6, seconds=0.1, trials=1,
+                              lengths=(30, 60), rounds=1)
+    assert read_json(tmp_path / "results/extraction.json") == record and not any((tmp_path / "scratch").iterdir())
+    assert built == [("visual", "ir50", {}), ("audio", "vggish", dict(centre=0))]
+    assert set(record) == {"processor", "cores", "torch", "rows", "left_out"} and record["left_out"] == []
+    rows = {row["name"]: row for row in record["rows"]}
+    assert len(rows) == len(record["rows"]) == 10
+    for row in rows.values():
+        assert list(row) == ["name", "value", "unit", "sides", "bar", "met"] and min(row["sides"]) > 0
+        one, other = row["sides"]
+        assert row["value"] == pytest.approx(one - other if row["unit"] == "MB" else one / other, abs=0.2, rel=0.02)
+        if row["bar"]:
+            word, bound = row["bar"].rsplit(" ", 1)
+            assert row["met"] == (row["value"] >= float(bound) if word == "at least" else row["value"] < float(bound))
+    bars = [row["bar"] for row in rows.values() if row["bar"]]
+    assert bars == ["at least 0.7", "at least 0.7", "at least 1.7", "at least 0.9", "at least 20", "below 100"]
+    text = extraction_text(record)
+    assert all(name in text for name in rows) and text.count("MISSED") == sum(row["met"] is False for row in rows.values())
+
+
+def test_what_a_machine_cannot_show_is_left_out_and_said(corpus, monkeypatch):
+    monkeypatch.setattr(efficiency, "cores", lambda: 1)
+    monkeypatch.setattr(efficiency.sys, "platform", "other")
+    small_encoders(monkeypatch)
+    rows, left_out = measure_extraction(corpus, pictures=1, enlarged=4, trials=1, rounds=1)
+    assert len(rows) == 8 and left_out == ["two processes against one: there is one core", "peak memory: only Linux tells it"]
+    text = extraction_text(dict(rows=[dict(rows[0], met=False), dict(rows[1], met=True)], left_out=left_out))
+    assert text.count("MISSED") == 1 and text.count(" met\n") == 1 and text.endswith("left out: peak memory: only Linux tells it\n")
+
+
+def test_sides_take_turns_and_their_best_round_counts(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: clock[0])
+
+    def side(name, seconds):
+        def work(r):
+            order.append((r, name))
+            clock[0] += seconds[r]
+            return 12
+        return work
+
+    best = efficiency._take_turns(dict(a=side("a", [6.0, 2.0, 3.0]), b=side("b", [4.0, 4.0, 1.0])), 3, "turns")
+    assert best == dict(a=6.0, b=12.0) and order == [(r, name) for r in range(3) for name in "ab"]
+
+
+def test_the_smallest_videos_serve(corpus, tmp_path):
+    names = lambda pictures: [video.name for video in efficiency._smallest_videos(corpus, pictures)]
+    assert (names(1), names(21), names(1000)) == (["v20.mp4"], ["v20.mp4", "v30.mp4"], ["v20.mp4", "v30.mp4", "v40.mp4"])
+    annotate(tmp_path / "VA_Estimation_Challenge/Train_Set/v.txt", [(0.1, 0.2)])
+    with pytest.raises(DataError, match="no trial of it has a video"):
+        measure_extraction(tmp_path)
+
+
+def test_both_sides_of_decoding_see_every_picture(corpus, tmp_path):
+    videos = efficiency._smallest_videos(corpus, 50)
+    assert efficiency._decode(videos, arrays=False) == efficiency._decode(videos, arrays=True) == 50
+    efficiency._decoding(tmp_path, videos, 1)
+    for faces, score in (("given", 1), ("found", None)):
+        prepared = [read_arrays(path)[0] for path in sorted((tmp_path / faces / "0").glob("*.safetensors"))]
+        assert [len(trial["crops"]) for trial in prepared] == [20, 30]
+        assert all(trial["visual_ok"].all() and trial["crops"].any((1, 2, 3)).all() for trial in prepared)
+        assert all(np.isnan(trial["box"]).all() == (faces == "given") for trial in prepared)
+
+
+def test_the_bare_networks_see_what_encoding_shows_them(corpus, tmp_path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3 * 16 * 16, 5)
+
+        def forward(self, x):
+            seen.append(x.clone())
+            return self.layer(x.flatten(1))
+
+    efficiency._decoding(tmp_path, efficiency._smallest_videos(corpus, 1), 1)
+    encoders, seen = dict(visual=ImageEncoder(Network(), 5, (16, 16), (16, 16), (0.5,) * 3, (0.5,) * 3), audio=AudioEncoder()), []
+    encoders["visual"].batch = 8
+    efficiency._encoding(tmp_path, tmp_path / "given/0/0000.safetensors", encoders, 2)
+    assert [len(pictures) for pictures in seen] == [8, 8, 4] * 5  # a first time; two rounds of each side
+    assert all(torch.equal(a, b) for a, b in zip(seen, seen[6:9] * 5))
+    assert not any(part._forward_pre_hooks for encoder in encoders.values() for part in encoder.modules())
+    assert read_arrays(tmp_path / "features.safetensors")[0]["visual"].shape == (20, 5)
+
+
+# --- the command
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text("paths: {corpus: data/corpus, results: results}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(efficiency, "measure", lambda: [dict(label="sage", configuration=c, parameters=9, fusion_parameters=1, multiply_adds=1, ms_step=ms, ms_frame=0.1,
+                                                             ratio=None) for c, ms in (("equal", 9.0), ("faithful", 9.0))]
+                        + [dict(label="lfan", configuration="equal", parameters=9, fusion_parameters=1, multiply_adds=1, ms_step=1.0, ms_frame=0.1, ratio=None)])
+    monkeypatch.setattr(efficiency, "measure_extraction", lambda corpus, scratch: (
+        [dict(name=f"with {corpus} in {scratch.relative_to(tmp_path)}", value=0.5, unit="× frames/s", sides=[1.0, 2.0], bar="at least 0.7", met=False)], []))
+    return tmp_path
+
+
+def test_bench_writes_both_records_and_a_missed_bar_is_no_failure(checkout, capsys):
+    assert pipeline.main(["bench"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("MISSED") == 2 and "written to results/bench.json" in said and "written to results/extraction.json" in said
+    assert read_json(checkout / "results/bench.json")["rows"][0]["label"] == "sage"
+    assert read_json(checkout / "results/extraction.json")["rows"][0]["name"] == "with None in .work"
+    assert sorted(path.name for path in (checkout / "results").iterdir()) == ["bench.json", "extraction.json"]
+
+
+@pytest.mark.parametrize("part, file", pipeline.RECORDS.items())
+def test_bench_of_one_part_leaves_the_other_record_alone(checkout, part, file):
+    (checkout / "data/corpus").mkdir(parents=True)
+    assert pipeline.main(["bench", part]) == 0
+    assert [path.relative_to(checkout).as_posix() for path in (checkout / "results").iterdir()] == [file]
+    assert part == "models" or f"with {checkout / 'data/corpus'} in" in read_json(checkout / file)["rows"][0]["name"]
+
+
+def test_bench_on_what_is_no_corpus_is_one_sentence_and_exit_code_2(checkout, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.chdir(checkout)
+    (checkout / "data/corpus").mkdir(parents=True)
+    assert pipeline.main(["bench", "extraction"]) == 2
+    said = capsys.readouterr()
+    assert "must hold one folder VA_Estimation_Challenge" in said.err and said.err.count("\n") == 1
+    assert not (checkout / "results").exists() and not any((checkout / ".work").iterdir())
+
+
+def test_verify_leaves_what_was_measured_alone(tmp_path, monkeypatch):
+    for name in ("dvc.yaml", "params.yaml", "nbs"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    for name in ("bench", "extraction", "made"):
+        write_json(tmp_path / "results" / f"{name}.json", 1)
+    commit(tmp_path)
+    monkeypatch.setattr(pipeline, "repro", lambda *_: 3)
+    assert pipeline.verify(tmp_path) == 3
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["bench.json", "extraction.json"]
