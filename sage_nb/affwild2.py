@@ -18,9 +18,9 @@ import pandas as pd
 from .core import DataError, parallel_map, whole
 
 # %% auto #0
-__all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'stores_no_times', 'sound_track', 'Clock',
-           'check_complete', 'video_info', 'Crops', 'read_crop_files', 'Trial', 'video_of', 'read_test_list', 'Corpus',
-           'summarise', 'write_submission', 'check_submission']
+__all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'picture_track', 'stores_no_times', 'sound_track',
+           'orientation', 'shown_at', 'Clock', 'check_complete', 'video_info', 'Crops', 'read_crop_files', 'Trial',
+           'video_of', 'read_test_list', 'Corpus', 'summarise', 'write_submission', 'check_submission']
 
 # %% ../nbs/02_affwild2.ipynb #2758f299
 def _opened(
@@ -83,12 +83,14 @@ class VideoInfo:
     "What a video file says of itself. Times are in seconds on the container's clock, which picture and sound share."
     width: int  # pixels, of the picture as it is shown
     height: int  # pixels
-    frames: int  # pictures in the file
+    frames: int  # pictures in the file that can be shown
+    promised: int  # and as its header has it; 0: it does not say
     rate: float  # pictures per second, mean over the file
     variable: bool  # whether an interval between pictures differs from the median by more than a tenth
     start: float  # time of the first picture
     duration: float  # from the first picture to the end of the last
     turned: int  # degrees, anticlockwise, by which the file asks to turn its pictures
+    mirrored: bool  # whether it asks to exchange left and right before that
     has_sound: bool
     sound_tracks: int
     sound_start: float | None  # time of the first sample of the sound track in use
@@ -116,7 +118,7 @@ def open_video(
     with container:
         if not container.streams.video:
             raise DataError(f"{path}: no picture track in this file; put the video in its place")
-        tracks = container.streams.video[:1] + container.streams.audio
+        tracks = (picture_track(container), *container.streams.audio)
         if any(kind and not any(track.codec_context for track in kind) for kind in (tracks[:1], tracks[1:])):
             raise DataError(f"{path}: pictures or sound are in a format that FFmpeg cannot decode; copy the file again, or convert it")
         for track in tracks:
@@ -124,6 +126,13 @@ def open_video(
                 track.codec_context.thread_count = 1
         tracks[0].codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         yield container
+
+
+def picture_track(
+    container: av.container.InputContainer,
+) -> av.video.VideoStream:
+    "The picture track in use."
+    return container.streams.best("video") or container.streams.video[0]
 
 
 def stores_no_times(
@@ -139,6 +148,26 @@ def sound_track(
     "The sound track in use: the file's default one, else the first, of those that can be decoded."
     tracks = [track for track in container.streams.audio if track.codec_context]
     return next((track for track in tracks if track.disposition & av.stream.Disposition.default), next(iter(tracks), None))
+
+
+def orientation(
+    picture: av.VideoFrame,
+) -> tuple[bool, int]:  # whether to exchange left and right, and degrees by which to turn it anticlockwise then
+    "How the file wants a decoded picture to be shown."
+    if (note := picture.side_data.get("DISPLAYMATRIX")) is None:
+        return False, 0
+    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(note)[:36])
+    mirrored = a * d < b * c
+    return mirrored, 90 * round(picture.rotation / 90 + 2 * mirrored) % 360
+
+
+def shown_at(
+    packet: av.Packet,
+) -> int | None:  # in the track's unit
+    "The packet's stamp on the clock of presentation, which the picture that is decoded from it gets as its `pts`. In AVI they are in order only."
+    if stores_no_times(packet.stream.container):
+        packet.pts = packet.dts
+    return packet.pts
 
 
 class Clock:
@@ -178,32 +207,33 @@ def video_info(
 ) -> VideoInfo:
     "Size, rate, times and sound of a video, decoding no more than its first picture. A broken or truncated file raises `DataError`."
     with open_video(path) as container:
-        stream, sound = container.streams.video[0], sound_track(container)
-        stamps, hidden, turned = [], 0, None
+        stream, sound = picture_track(container), sound_track(container)
+        stamps, hidden, last, first = [], 0, None, None
         try:
             for packet in container.demux(stream):
                 if packet.size:
-                    hidden += packet.is_discard
-                    if not packet.is_discard:
-                        stamps.append((packet.dts, packet.pts))
-                if turned is None:
-                    turned = next((picture.rotation for picture in packet.decode()), None)
+                    last, hidden = packet.dts, hidden + packet.is_discard
+                    stamps += [] if packet.is_discard else [shown_at(packet)]
+                if first is None:
+                    first = next(iter(packet.decode()), None)
         except av.FFmpegError as error:
             raise DataError(f"{path}: damaged ({error.strerror}); copy the file again") from None
-        check_complete(path, stream, len(stamps), stamps[-1][0] if stamps else None, hidden)
-        if turned is None:
+        if stamps and first is None:
             raise DataError(f"{path}: no picture in it can be decoded ({stream.codec_context.name}); copy the file again")
-        shown = [dts if stores_no_times(container) else pts for dts, pts in stamps]
-        known = sorted(stamp for stamp in shown if stamp is not None)
-        times = np.array(list(map(Clock(stream), known + [None] * (len(shown) - len(known)))))
+        known = sorted(stamp for stamp in stamps if stamp is not None)
+        early = 0 if first is None or first.pts is None else sum(stamp < first.pts for stamp in known)
+        frames = len(stamps) - early
+        check_complete(path, stream, frames, last, hidden + early)
+        mirrored, turned = orientation(first)
+        times = np.array(list(map(Clock(stream), known[early:] + [None] * (len(stamps) - len(known)))))
         steps = np.diff(times)
         rate = len(steps) / (times[-1] - times[0]) if times[-1] > times[0] else float(stream.average_rate or 25)
         begin = None if sound is None else float((sound.start_time or 0) * sound.time_base)
         width, height = (stream.width, stream.height)[:: -1 if turned % 180 else 1]
         return VideoInfo(
-            width=width, height=height, frames=len(stamps), rate=float(rate),
+            width=width, height=height, frames=frames, promised=stream.frames, rate=float(rate),
             variable=bool(len(steps) and np.abs(steps - np.median(steps)).max() > 0.1 * np.median(steps)),
-            start=float(times[0]), duration=float(times[-1] - times[0] + 1 / rate), turned=turned % 360,
+            start=float(times[0]), duration=float(times[-1] - times[0] + 1 / rate), turned=turned, mirrored=mirrored,
             has_sound=sound is not None, sound_tracks=len(container.streams.audio), sound_start=begin,
             sound_end=None if sound is None or sound.duration is None else begin + float(sound.duration * sound.time_base),
             sound_rate=sound and sound.sample_rate, channels=sound and sound.codec_context.channels, times=times)
