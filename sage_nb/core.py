@@ -92,6 +92,9 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __del__(self):
+        self._file.close()
+
     def put(
         self,
         rows: np.ndarray,  # [K, ...]
