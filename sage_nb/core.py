@@ -14,7 +14,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['MODALITIES', 'DataError', 'project_root', 'whole', 'write_text', 'write_json', 'read_json', 'Rows', 'StoredRows',
            'write_arrays', 'read_arrays', 'content_hash', 'value_hash', 'progress', 'die_with_parent', 'pin_arithmetic',
-           'cores', 'parallel_map', 'arithmetic', 'Sequence', 'Prediction']
+           'cores', 'arithmetic', 'Sequence', 'Prediction', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #32e62e45
 MODALITIES = ("visual", "audio")  # in this order wherever they are numbered
@@ -277,43 +277,9 @@ def pin_arithmetic() -> None:
     os.environ.update(_PINNED)
 
 
-def _start_worker(parent: int) -> None:
-    die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for Ctrl-C
-
-
 def cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def parallel_map(
-    function: Callable,  # importable, one argument
-    tasks: Iterable,  # the arguments
-    workers: int = 0,  # processes; 0 = one a core, 1 = in this process
-    title: str = "working",  # for the progress line
-) -> list:  # results in the order of `tasks`
-    "Apply `function` to every task in worker processes. A worker that dies raises `DataError`; so does an error in a task, unchanged."
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    tasks = list(tasks)
-    workers = min(workers or cores(), len(tasks))
-    if workers <= 1:
-        return [function(task) for task in progress(tasks, title)]
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),)) as pool:
-        futures = [pool.submit(function, task) for task in tasks]
-        try:
-            for future in progress(as_completed(futures), title, len(futures)):
-                future.result()
-        except BrokenProcessPool:
-            raise DataError(f"{title}: a worker process was killed (by hand, or for want of memory); "
-                            "run again, what was finished is kept") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
 
 # %% ../nbs/00_core.ipynb #aa85881a
 def arithmetic() -> dict[str, str]:  # operation -> 16 hex digits
@@ -375,3 +341,204 @@ class Prediction:
     readouts: np.ndarray | None = None  # [T, M, S, 2] what each modality says alone
     readout_log_var: np.ndarray | None = None  # [T, M, S, 2] log variance of `readouts`
     raw_readout_log_var: np.ndarray | None = None  # [T, M, S, 2] the same before calibration
+
+# %% ../nbs/00_core.ipynb #aa66cdc5
+import logging, pickle, platform, queue, warnings
+from contextlib import closing
+from functools import cache, partial
+from itertools import islice
+
+
+def _start_worker(parent: int) -> None:
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for Ctrl-C
+
+
+def _attempt(function: Callable, task):
+    "The result, or the `DataError`; a copy of it, because what was caught holds on to the arrays of every frame it came through."
+    try:
+        return function(task)
+    except DataError as error:
+        return DataError(*error.args)
+
+
+def _as_finished(
+    submit: Callable,  # task -> future
+    tasks: list,
+    window: int,  # tasks under way at most
+    patience: float | None = None,  # seconds without a result, after which...
+    look: Callable = lambda: None,  # ...this is called; it may raise
+):
+    "Yield number and future of each task in the order in which they end."
+    rest, numbers, finished = enumerate(tasks), {}, queue.SimpleQueue()
+    while True:
+        for number, task in islice(rest, window - len(numbers)):
+            future = submit(task)
+            numbers[future] = number
+            future.add_done_callback(finished.put)
+        if not numbers:
+            return
+        try:
+            future = finished.get(timeout=patience)
+        except queue.Empty:
+            look()
+        else:
+            yield numbers.pop(future), future
+
+
+def _on_this_machine(function: Callable, tasks: list, workers: int, title: str):
+    "Yield number and result of each task."
+    # the executor itself and not `joblib.Parallel`, which keeps its processes afterwards, and on an error kills them in the middle of a file
+    from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A worker stopped")  # one that grew large is replaced between two tasks
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
+        try:
+            try:
+                for number, future in _as_finished(partial(pool.submit, function), tasks, workers + 1):
+                    yield number, future.result()
+            except TerminatedWorkerError:
+                raise DataError(f"{title}: a worker process was killed (by hand, or for want of memory); "
+                                "run again, what was finished is kept") from None
+            except Exception:
+                pool.shutdown()  # tasks under way finish their files
+                raise
+            pool.shutdown()
+        finally:
+            pool.shutdown(kill_workers=True)  # does something after Ctrl-C only
+
+# %% ../nbs/00_core.ipynb #3bbebd3b
+_PACKAGES = ("av", "numpy", "opencv-python-headless", "pandas", "safetensors", "scipy", "timm", "torch", "torchaudio", "torchvision")
+_PATIENCE = 10.0  # seconds that a scheduler has to answer, and a cluster without workers to get one
+
+
+@cache
+def _surroundings() -> dict[str, str]:
+    "What decides the bytes that this process computes, as it was when first asked: code, packages, environment, arithmetic."
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "missing"
+
+    return {"sage_nb": content_hash(*sorted(Path(__file__).parent.glob("*.py"))), "python": platform.python_version(),
+            **{name: installed(name) for name in _PACKAGES}, **{name: os.environ.get(name, "not set") for name in _PINNED}, **arithmetic()}
+
+
+def _make_visit(
+    here: dict[str, str],  # what workers must agree with
+) -> Callable:  # pickled function and task -> complaint or None, result
+    "The function that is sent to workers; an inner one, of which Dask sends the code: a worker without this module must be able to say so."
+    def visit(call: bytes):
+        import importlib, pickle
+        from distributed import get_worker
+
+        worker = get_worker()
+        try:
+            there = {**importlib.import_module("sage_nb.core")._surroundings(), "threads of a worker": str(worker.state.nthreads)}
+        except (ImportError, AttributeError):
+            there = {"sage_nb": "missing or too old"}
+        unlike = [f"{name} is {there[name]}, here {here[name]}" for name in here if there.get(name, here[name]) != here[name]]
+        if unlike:
+            more = f"; and {len(unlike) - 3} more" if len(unlike) > 3 else ""
+            return (f"{worker.address}: this worker would not compute the same bytes ({'; '.join(unlike[:3])}{more}); start it again "
+                    "with the same code and packages, pinned and with one thread, or leave it out"), None
+        function, task = pickle.loads(call)
+        return None, function(task)
+
+    return visit
+
+
+def _knock(scheduler: str) -> None:
+    "Raise an `OSError`, `ValueError` or `TypeError` unless a scheduler answers."
+    # a `Client` waits for ever for what is no scheduler, and one that failed to start complains once more when it is collected
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+    from distributed import Security
+    from distributed.comm import connect
+
+    async def knock():
+        comm = await asyncio.wait_for(connect(scheduler, **Security().get_connection_args("client")), _PATIENCE)
+        await comm.close()
+
+    with ThreadPoolExecutor(1) as thread:  # in which no event loop runs, as in a notebook's
+        thread.submit(asyncio.run, knock()).result()
+
+
+@contextmanager
+def _quiet(
+    *names: str,  # loggers
+):
+    "Let them say only what is critical."
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _on_cluster(function: Callable, tasks: list, scheduler: str, title: str):
+    "Yield number and result of each task."
+    # distributed itself and not joblib's backend for it, which with one worker does the work here, and with none left waits for ever
+    from concurrent.futures import CancelledError
+
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError:
+        raise DataError(f"{scheduler}: working on a cluster needs the package distributed; run pip install 'sage_nb[cluster]'") from None
+    lost = DataError(f"{title}: the scheduler at {scheduler} is gone; start it and run again, what was finished is kept")
+
+    def look():
+        try:
+            client.wait_for_workers(1, timeout=_PATIENCE)
+        except TimeoutError:
+            raise DataError(f"{title}: the scheduler at {scheduler} has no workers; start some and run again, what was finished is kept") from None
+        except OSError:
+            raise lost from None
+
+    with _quiet("distributed", "distributed.client", "tornado.application"):
+        try:
+            _knock(scheduler)
+            client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{scheduler}: no Dask scheduler answers at this address ({str(error) or f'waited for {_PATIENCE:.0f} s'}); "
+                            "start one, or correct the address") from None
+        with client:
+            pool, visit = client.get_executor(pure=False), _make_visit({**_surroundings(), "threads of a worker": "1"})
+            try:
+                for number, future in _as_finished(lambda task: pool.submit(visit, pickle.dumps((function, task))), tasks, len(tasks), _PATIENCE, look):
+                    complaint, result = future.result()
+                    if complaint:
+                        raise DataError(complaint)
+                    yield number, result
+            except KilledWorker as killed:
+                raise DataError(f"{title}: {killed.allowed_failures + 1} workers died at the same task, the last at {killed.last_worker.address} "
+                                "(often for want of memory); see its log and run again, what was finished is kept") from None
+            except CancelledError:  # as all are when the connection breaks
+                raise lost from None
+
+# %% ../nbs/00_core.ipynb #351f309b
+def parallel_map(
+    function: Callable,  # importable, one argument
+    tasks: Iterable,  # the arguments
+    workers: int = 0,  # processes on this machine; 0 = one a core, 1 = in this process
+    title: str = "working",  # for the progress line
+    scheduler: str | None = None,  # address of a Dask scheduler, like tcp://host:8786, whose workers do it instead; they must see the same files
+    keep_going: bool = False,  # a task's `DataError` takes its place among the results
+) -> list:  # results in the order of `tasks`
+    "Apply `function` to every task in worker processes. A worker that dies here raises `DataError`; so does an error in a task, unchanged."
+    tasks = list(tasks)
+    workers = min(workers or cores(), len(tasks))
+    function = partial(_attempt, function) if keep_going else function
+    if not tasks or (workers == 1 and not scheduler):
+        return [function(task) for task in progress(tasks, title)]
+    outcomes = _on_cluster(function, tasks, scheduler, title) if scheduler else _on_this_machine(function, tasks, workers, title)
+    with closing(outcomes):
+        results = dict(progress(outcomes, title, len(tasks)))
+    return [results[number] for number in range(len(tasks))]

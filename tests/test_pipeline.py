@@ -368,7 +368,7 @@ def named(word: str):
 def test_killed_again_and_again_the_run_ends_in_the_same_bytes(project):
     set_params(project, make=dict(pause=0.4, count=9))
     victims = [lambda family: family[0], named("sage_nb.pipeline repro"), named("dvc repro"), named("pipeline run make"),
-               named("ipykernel"), named("spawn_main")]  # make, the launcher, dvc, the runner, the kernel, a worker
+               named("ipykernel"), named("LokyProcess")]  # make, the launcher, dvc, the runner, the kernel, a worker
     for i, choose in enumerate(victims):
         kill_at(project, f"{i}.json", choose)
         assert not (project / "work/items").exists()
