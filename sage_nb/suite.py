@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.signal import lfilter
 from .affwild2 import Corpus, Trial, video_of
-from .core import DataError, Rows, StoredRows, parallel_map, read_arrays, read_json, write_arrays, write_json
+from .core import DataError, Rows, StoredRows, read_arrays, read_json, write_arrays, write_json
 from .corruption import FAMILIES, corrupt_picture, corrupt_sound, plan_stretches, seeded, stretch_of
 from .encoders import AUDIO_RATE, embed_sound, sound_level
-from .features import encode_pictures, encode_trial, load_encoders, observation_cues, read_prepared
+from .features import each_trial, encode_pictures, encode_trial, load_encoders, observation_cues, read_prepared
 from .media import crop_face, face_finder, read_crops, read_frames, whole_box
 
 # %% auto #0
@@ -156,9 +156,9 @@ def encode_corrupted(
         raise DataError(f"{store}: no trial of split {split!r} that is in the corpus; give the corpus and the split that were encoded")
     heard = [name for name in names if read_arrays(prepared / f"{name}.safetensors", [])[1]["has_sound"]]
     write_json(folder / "suite.json", about)
-    tasks = [(trials[name], [other for other in heard if index[other]["group"] != index[name]["group"]],
-              prepared, Path(encoders), store, folder, seed, search) for name in names]
-    parallel_map(_encode, tasks, workers, "corrupting", scheduler)
+    tasks = {name: (trials[name], [other for other in heard if index[other]["group"] != index[name]["group"]],
+                    prepared, Path(encoders), store, folder, seed, search) for name in names}
+    each_trial(_encode, tasks, folder, "corrupting", workers, scheduler)
 
 # %% ../nbs/25_suite.ipynb #bd0250c4
 def _corrupt_faces(
@@ -313,5 +313,5 @@ def encode_copies(
         return [c for c in candidates if index[c]["split"] == index[name]["split"] and index[c]["group"] != index[name]["group"]]
 
     write_json(about, dict(seed=seed))
-    tasks = [(name, index[name], others(name, faces), others(name, voices), prepared, Path(encoders), store, seed) for name in names]
-    parallel_map(_encode_copy, tasks, workers, "copying", scheduler)
+    tasks = {name: (name, index[name], others(name, faces), others(name, voices), prepared, Path(encoders), store, seed) for name in names}
+    each_trial(_encode_copy, tasks, about.parent, "copying", workers, scheduler)
