@@ -35,25 +35,33 @@ def check(
     "Print what is there, what is odd and what is broken in a corpus."
     from sage_nb.affwild2 import Corpus, summarise
 
-    corpus, look = Corpus(root), None
+    look = None
     if decode:
         from sage_nb.media import look_closely as look
+    try:
+        corpus = Corpus(root)
+    except DataError as error:
+        if json:
+            write_json(json, dict(root=_line(root), exit_code=2, splits=[], trials=[dict(trial="", problem=_line(error), oddities=[])]))
+        raise
     table = corpus.check(look, workers=0 if len(corpus.videos) >= (8 if decode else 100) else 1)  # processes take a second to start
     broken, strange = table.problem != "", table.oddities != ""
     there, kinds = summarise(table)
     code = 2 if broken.any() else int(strange.any())
     if json:
         trials = [row | {"oddities": [dict(kind=kind, text=text) for kind, text in odd]}
-                  for row, odd in zip(_records(table.drop(columns="odd")), table.odd)]
+                  for row, odd in zip(_records(table.drop(columns=["odd", "oddities"])), table.odd)]
         write_json(json, dict(root=_line(root), exit_code=code, splits=_records(there), trials=trials))
-    for part in (there, kinds):
-        if len(part):
-            print(part.to_string(index=False, na_rep="", float_format="{:.3g}".format), end="\n\n")
     trials, idle = table.trial != "", table.oddities == "no trial belongs to this video"
-    print(f"{_line(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
-          f"{broken.sum()} unusable; {idle.sum()} videos without a trial", flush=True)
-    for problem in table.problem[broken]:
-        print(f"sage-nb: {_line(problem)}", file=sys.stderr)
+    tables = [part.to_string(index=False, na_rep="", float_format="{:.3g}".format) for part in (there, kinds) if len(part)]
+    total = (f"{_line(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
+             f"{(trials & broken).sum()} unusable; {idle.sum()} videos without a trial")
+    try:
+        print(*tables, total, sep="\n\n", flush=True)
+    except BrokenPipeError:  # whoever reads our output has seen enough; the exit code still counts
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for problem in table.problem[broken].unique():  # one fault can concern many trials
+        print(f"sage-nb: {problem}", file=sys.stderr)
     return code
 
 # %% ../nbs/23_cli.ipynb #abacde16

@@ -49,14 +49,14 @@ def each_trial(
     return set(broken)
 
 
-def _prepare(task: tuple[Trial, Path, int, str | None, int]) -> None:
-    trial, folder, detect_every, face_model, crop_size = task
+def _prepare(task: tuple[Trial, Path, int, dict]) -> None:
+    trial, folder, crop_size, search = task
     path = folder / f"{trial.id}.safetensors"
     if path.exists():
         return
     cv2.setNumThreads(1)  # there is a process a core
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = read_trial(trial, crop_size, detect_every, face_model=face_model, scratch=folder)
+    arrays = read_trial(trial, crop_size, scratch=folder, **search)
     meta = {"sound_start": float(arrays.pop("sound_start")), "has_sound": bool(arrays.pop("has_sound"))}
     write_arrays(path, arrays, meta)
 
@@ -67,6 +67,8 @@ def prepare_corpus(
     detect_every: int = 5,  # frames between face detections
     workers: int = 0,  # processes; 0 = one a core
     face_model: str | None = None,  # a YuNet file that finds the faces; default: the cascade
+    several_faces: bool | None = None,  # as in `media.face_finder`
+    smallest_face: float = 0.2,  # as in `media.face_finder`
     crop_size: int = 48,  # side of the face crops, pixels
     scheduler: str | None = None,  # as in `each_trial`
     skip_broken: bool = False,  # as in `each_trial`
@@ -74,7 +76,8 @@ def prepare_corpus(
     "Decode every trial of a corpus into `folder` and write its index."
     folder = Path(folder)
     trials = {trial.id: trial for trial in corpus.trials("all")}
-    tasks = {name: (trial, folder, detect_every, face_model, crop_size) for name, trial in trials.items()}
+    search = dict(detect_every=detect_every, face_model=face_model, several_faces=several_faces, smallest_face=smallest_face)
+    tasks = {name: (trial, folder, crop_size, search) for name, trial in trials.items()}
     broken = each_trial(_prepare, tasks, folder, "decoding", workers, scheduler, skip_broken)
     index = {name: dict(split=t.split, group=t.group, subject=t.subject) for name, t in trials.items() if name not in broken}
     write_json(folder / "index.json", index)

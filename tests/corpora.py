@@ -1,6 +1,8 @@
 """Trees in the shape of the real corpus, with oddities planted in them, and zip archives written byte by byte."""
+import signal
 import struct
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -8,6 +10,21 @@ import numpy as np
 from clips import beeps, wall, write_video
 
 UTF8 = 0x800
+
+
+@contextmanager
+def limited(seconds):
+    "What hangs fails, and nothing after it is stopped in its place."
+    def stop(*_):
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def jpg(level=120, size=32) -> bytes:

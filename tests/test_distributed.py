@@ -1,5 +1,9 @@
 """The corpus as it is distributed: face pictures in folders and archives, containers of all kinds, a report that misses nothing."""
 import json
+import os
+import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -11,9 +15,9 @@ import cv2
 import numpy as np
 import pytest
 from clips import annotate, beeps, draw_face, talking, wall, write_video
-from corpora import UTF8, archive, jpg, official_tree
+from corpora import UTF8, archive, jpg, limited, official_tree
 
-from sage_nb.affwild2 import Corpus, Trial, read_crop_files, summarise, video_info
+from sage_nb.affwild2 import Corpus, Trial, _list_archive, read_crop_files, summarise, video_info
 from sage_nb.backbones import save_encoder
 from sage_nb.cli import main
 from sage_nb.core import DataError, read_arrays
@@ -91,7 +95,7 @@ def test_what_is_no_face_picture_is_left_out(root):
             root / "cropped_aligned.zip")
     crops = crops_of(root)
     for trial in ("Köln", "two_left"):
-        assert crops[trial].numbers.tolist() == [3] and crops[trial].others == 6
+        assert crops[trial].numbers.tolist() == [1, 3] and crops[trial].others == 5 and len([*read_crop_files(crops[trial])]) == 2
     assert crops["two_right"] is None
 
 
@@ -108,7 +112,75 @@ def test_a_folder_comes_before_an_archive_and_a_later_entry_before_an_earlier(ro
 
 # --- archives that cannot be believed
 
+def test_every_single_wrong_bit_of_a_directory_is_found(root):
+    "No face is lost or handed to another frame or person unsaid."
+    path = archive(faces("two_left") + faces("two_right", (1, 3, 4)) + [(b"cropped_aligned/two_left/notes.txt", b"-")], root / "cropped_aligned.zip")
+    content = path.read_bytes()
+    true = {"two_left": {n: jpg(10 * n) for n in (1, 2, 5)}, "two_right": {n: jpg(10 * n) for n in (1, 3, 4)}}
+    corpus, begin, said = Corpus(root), content.index(b"PK\1\2"), 0
+    bits = np.random.default_rng(0).permutation(8 * (len(content) - begin))[:1500]
+    for bit in bits.tolist():
+        data = bytearray(content)
+        data[begin + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        corpus.faults, corpus.crops = [], {}
+        corpus._find_crops([], [path])
+        try:
+            if corpus.faults:
+                raise DataError(corpus.faults[0])
+            read = {trial: dict(file for crops in corpus.crops.get(trial, []) for file in read_crop_files(crops)) for trial in true}
+            assert read == true
+        except DataError:
+            said += 1
+    assert len(bits) / 3 < said < len(bits)
+
+
+@pytest.mark.parametrize("count, well", [(3, True), (3 + 65536, True), (2, False), (4, False), (0, False)])
+def test_the_number_of_entries_may_be_written_modulo_65536(root, count, well):
+    archive(faces("two_left"), root / "cropped_aligned.zip", count=count % 65536)
+    corpus = Corpus(root)
+    assert bool(corpus.faults) != well and (crops_of(root)["two_left"] is not None) == well
+
+
+@pytest.mark.parametrize("count", [65534, 65535, 65536, 65537])
+@pytest.mark.parametrize("program", ["python", "modulo"])
+def test_as_many_entries_as_the_old_format_can_count(tmp_path, count, program):
+    entries = [(b"t/%05d.jpg" % number, b"x", 0, 0) for number in range(1, count + 1)]
+    if program == "modulo":
+        archive(entries, tmp_path / "a.zip", count=count % 65536)
+    else:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            for name, content, *_ in entries:
+                file.writestr(name.decode(), content)
+    [crops] = _list_archive(tmp_path / "a.zip")["t"]
+    assert len(crops.numbers) == count and not crops.fault and not crops.twice
+
+
+def test_an_archive_said_to_be_all_directory(root):
+    "60 GiB of nothing take neither memory nor time."
+    size, path = 60 << 30, root / "cropped_aligned.zip"
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 5, 5, size, 0) + struct.pack("<4sLQL", b"PK\6\7", 0, size, 1)
+                   + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
+    tracemalloc.start()
+    try:
+        assert "directory is damaged" in Corpus(root).faults[0] and tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_one_bad_entry_concerns_one_trial(root, tmp_path):
+    archive(faces("two_left") + faces("two_right") + [(b"cropped_aligned/Ko/00001.jpg", jpg(), 1, 8), (b"cropped_aligned/two_right/00009.jpg", jpg(), 1, 8)],
+            root / "cropped_aligned.zip")
+    assert [bool(trial.fault) for trial in Corpus(root).trials()] == [False, False, True]
+    assert [*prepare_corpus(Corpus(root), tmp_path / "out", workers=1, skip_broken=True)] == ["Köln", "two_left"]
+    table = Corpus(root).check()
+    assert (table.problem != "").sum() == 2 and table.problem[table.trial == ""].str.contains("'Ko' are encrypted").sum() == 1
+
 LONG = b"\0" * (1 << 24) + b"\0"
+CONCERNED = ("parent", "inside", "root", "drive", "backslash", "dots", "encrypted", "method", "large", "larger")
 HOSTILE = {
     "parent": (dict(entries=[(b"../two_left/00001.jpg", jpg())]), "leads out of the archive"),
     "inside": (dict(entries=[(b"cropped_aligned/../../two_left/00001.jpg", jpg())]), "leads out of the archive"),
@@ -133,17 +205,26 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_archives_that_cannot_be_believed(root, case, capsys):
+    "A fault of the trials that it concerns: of one, of nobody known, or of all; the report says what reading says."
     about, fault = HOSTILE[case]
     path = root / "cropped_aligned.zip"
-    path.write_bytes(about) if isinstance(about, bytes) else archive(about.pop("entries"), path, **about)
+    path.write_bytes(about) if isinstance(about, bytes) else archive(**{"entries": faces("two_right"), **about, "path": path})
     before = sorted(root.parent.rglob("*"))
-    corpus = Corpus(root)
-    with pytest.raises(DataError) as error:
-        corpus.trials()
-    assert str(path) in str(error.value) and fault in str(error.value) and ";" in str(error.value) and "\n" not in str(error.value)
-    assert main(["check", str(root)]) == 2  # and what is well is still reported
+    concerned = [] if case in ("zero", "bell", "latin") else ["two_left"] if case in CONCERNED else ["Köln", "two_left", "two_right"]
+    found, said = [], set()
+    for trial in Corpus(root).trials():
+        try:
+            read_trial(trial)
+        except DataError as error:
+            found.append(trial.id)
+            said.add(str(error))
+    table = Corpus(root).check()
+    assert found == concerned == table.trial[(table.problem != "") & (table.trial != "")].tolist()
+    assert main(["check", str(root)]) == 2
     told = capsys.readouterr()
-    assert told.err == f"sage-nb: {error.value}\n" and "3 trials" in told.out and "1 unusable" in told.out
+    assert len(told.err.splitlines()) == 1 and told.err[9:-1] in (said or {told.err[9:-1]})
+    assert str(path) in told.err and fault in told.err and ";" in told.err
+    assert f"3 trials, 0 clean, {3 - len(found)} with oddities, {len(found)} unusable" in told.out
     assert sorted(root.parent.rglob("*")) == before
 
 
@@ -160,10 +241,11 @@ BOMB = b"\0" * (40 << 20)
 ])
 def test_a_damaged_entry_is_named(root, entries, lie):
     archive(entries, root / "cropped_aligned.zip", **lie)
+    told = "do not agree" if "offset" in lie else "picture 1, at byte .* is damaged"
     trial = next(trial for trial in Corpus(root).trials() if trial.id == "two_left")
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="picture 1, at byte .* is damaged; copy the archive again"):
+        with pytest.raises(DataError, match=f"{told}; copy the archive again"):
             read_trial(trial)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
@@ -186,6 +268,75 @@ def test_a_face_picture_that_is_none(root, content):
     with pytest.raises(DataError, match="00002.jpg is no complete jpg picture .*; take the organisers' file again"):
         read_trial(trial)
     assert main(["check", str(root)]) == 1 and main(["check", str(root), "--decode"]) == 2
+
+
+@pytest.mark.parametrize("names, kind", [
+    (["cropped_aligned/"], "no face pictures"), (["Cropped_Aligned/"], "no face pictures"),
+    (["cropped_aligned/Köln/0001.jpg", "cropped_aligned/Köln/1.jpg"], "face pictures that cannot be used"),
+    (["cropped_aligned.zip/b/Köln/0001.jpg"], "face pictures that cannot be used"), (["cropped_aligned.zip/inner.zip"], "no face pictures"),
+    (["CROPPED_ALIGNED/Köln/00001.JPG"], None), (["cropped_aligned/Köln/00002.jpeg"], None), (["Cropped_aligned.ZIP/Köln/00002.Jpg"], None),
+])
+def test_face_pictures_that_cannot_be_used_are_told(root, names, kind, capsys):
+    for name in names:
+        packed, _, inner = name.partition(".zip/" if ".zip" in name else ".ZIP/")
+        if inner:
+            archive([(inner.encode(), jpg(90))], root / f"{packed}.zip")
+            continue
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_bytes(jpg(90))
+    table = Corpus(root).check().set_index("trial")
+    assert main(["check", str(root)]) == 1
+    assert {odd for odd, _ in table.loc["two_left", "odd"]} == {"no face pictures"}
+    assert {odd for odd, _ in table.loc["Köln", "odd"]} == ({kind} if kind else set())
+    if not kind:
+        data = read_trial(Corpus(root).trials()[0])
+        assert data["visual_ok"].sum() == 1 and data["crops"][data["visual_ok"]].mean() == pytest.approx(90, abs=1)
+    if "inner.zip" in names[0]:
+        assert "other files among face pictures" in capsys.readouterr().out
+
+
+def test_pictures_that_come_twice_are_told(root):
+    archive(faces("Köln", (1, 2)) + faces("Köln", (2, 3)), root / "cropped_aligned.zip")
+    assert "1 face picture there once more" in Corpus(root).check().set_index("trial").loc["Köln", "oddities"]
+
+
+def test_links_to_the_same_faces_count_once(root):
+    (root / "cropped_aligned" / "batch" / "Köln").mkdir(parents=True)
+    (root / "cropped_aligned" / "batch" / "Köln" / "00001.jpg").write_bytes(jpg())
+    (root / "cropped_aligned_2").symlink_to("cropped_aligned")
+    (root / "cropped_aligned_3").symlink_to("cropped_aligned/batch")
+    corpus = Corpus(root)
+    assert len(corpus.crops["Köln"]) == 1 and corpus.check().set_index("trial").loc["Köln", "oddities"] == ""
+
+
+# --- what is no regular file
+
+SPECIAL = {"folder": lambda path: path.mkdir(), "dangling": lambda path: path.symlink_to("nowhere"), "looping": lambda path: path.symlink_to(path.name),
+           "pipe": os.mkfifo}
+PLACES = {"x.txt": (0, None), "subjects.csv": (2, "subjects.csv"), "VA_Estimation_Challenge/Train_Set/q.txt": (2, "q.txt"), "cropped_aligned.zip": (2, "cropped_aligned.zip"),
+          "cropped_aligned/Köln/00001.jpg": (1, "00001.jpg"), "videos/two.mp4": (2, "two.mp4")}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_is_waited_for_by_nobody(root, place, kind):
+    code, told = PLACES[place]
+    path = root / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    SPECIAL[kind](path)
+    with limited(10):
+        if kind == "pipe" or code == 0:
+            assert main(["check", str(root)]) == code
+        else:
+            main(["check", str(root)])
+        for trial in Corpus(root).trials():
+            try:
+                read_trial(trial)
+            except DataError as error:
+                assert told is not None and ";" in str(error)
 
 
 # --- by number, never by count
@@ -403,23 +554,44 @@ def test_broken_and_idle_things_are_in_the_report(root, tmp_path):
     annotate(root / "VA_Estimation_Challenge" / "Train_Set" / "gone.txt", [[0, 0]])
     assert main(["check", str(root), "--json", str(tmp_path / "r.json")]) == 2
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["exit_code"] == 2 and report["splits"][0]["broken"] == 1
+    assert report["exit_code"] == 2 and report["splits"][0]["broken"] == 3
     named = {row["trial"] or row["video"]: row for row in report["trials"]}
-    assert "no video for this trial" in named["gone"]["problem"] and named["gone"]["frames"] is None
+    assert named["gone"]["frames"] is None
     idle = {row["video"]: [odd["text"] for odd in row["oddities"]] for row in report["trials"] if not row["trial"] and not row["problem"]}
     assert idle == {"videos/spare.mp4": ["no trial belongs to this video"], "cropped_aligned.zip (stranger)": ["no trial belongs to these face pictures"]}
     [fault] = [row["problem"] for row in report["trials"] if row["problem"] and not row["trial"]]
-    assert "cropped_aligned_2.zip" in fault
+    assert "cropped_aligned_2.zip" in fault and named["two_left"]["problem"] == "", "its faces are elsewhere"
+    assert fault == named["two_right"]["problem"] == named["Köln"]["problem"] == named["gone"]["problem"], "theirs may have been in it"
 
 
 @pytest.mark.parametrize("place, name", [("VA_Estimation_Challenge/Train_Set", b"\xff\xfe.txt"), ("VA_Estimation_Challenge/Train_Set", b"line\nend.txt"),
-                                         ("videos", b"\x1b[2J.mp4"), ("cropped_aligned/K\xf6ln\x07", b"00001.jpg")])
-def test_names_that_are_no_text(root, place, name, capfd):
+                                         ("videos", b"\x1b[2J.mp4"), ("videos", "a\xa0b.mp4".encode()), ("cropped_aligned/K\xf6ln\x07", b"00001.jpg")])
+def test_names_that_are_no_text(root, place, name, tmp_path, capfd):
+    "The table goes on, and so does whatever has a name."
     (root / place).mkdir(parents=True, exist_ok=True)
     open(str(root / place).encode() + b"/" + name, "w").close()
-    assert main(["check", str(root)]) == 2
+    (tmp_path / "r.json").write_text('{"exit_code": 0}')
+    assert main(["check", str(root), "--json", str(tmp_path / "r.json")]) == json.loads((tmp_path / "r.json").read_text())["exit_code"] == 2
     told = capfd.readouterr()
-    assert "cannot be printed; rename it" in told.err and len(told.err.splitlines()) == 1 and told.err.strip().isprintable() and not told.out
+    assert "cannot be printed; rename it" in told.err and len(told.err.splitlines()) == 1 and told.err.strip().isprintable()
+    annotated = place.startswith("VA")
+    assert f"{3 + annotated} trials, " in told.out and f" {int(annotated)} unusable" in told.out
+    trials = Corpus(root).trials()
+    assert sum(bool(trial.fault) for trial in trials) == annotated and all(trial.id.isprintable() and trial.group.isprintable() for trial in trials)
+    prepare_corpus(Corpus(root), tmp_path / "out", workers=1, skip_broken=True)
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) == 3
+
+
+def test_a_name_too_long_for_a_file(root, tmp_path):
+    for count in (200, 201, 251):
+        (root / "videos" / f"{'x' * count}.mp4").hardlink_to(root / "videos" / "two.mp4")
+        annotate(root / "VA_Estimation_Challenge" / "Train_Set" / f"{'x' * count}.txt", [[0, 0]] * COUNT)
+    table = Corpus(root).check()
+    assert table.problem.str.contains("name of more than 200 bytes; shorten it").sum() == 2 == (table.problem != "").sum()
+    prepare_corpus(Corpus(root), tmp_path / "out", workers=1, skip_broken=True)
+    assert {path.stem for path in (tmp_path / "out").glob("*.safetensors")} == {"two_left", "two_right", "Köln", "x" * 200}
+    with pytest.raises(DataError, match="more than 200 bytes"):
+        prepare_corpus(Corpus(root), tmp_path / "other", workers=1)
 
 
 def test_what_only_decoding_shows(root, tmp_path):
@@ -442,3 +614,123 @@ def test_a_face_model_reaches_the_trial(tmp_path):
     with pytest.raises(DataError, match="no such face model"):
         read_trial(trial, face_model=tmp_path / "absent.onnx")
     assert read_trial(replace(trial, side="left"))["visual_ok"].shape == (3,)
+
+
+def test_a_closed_pipe_changes_no_exit_code(root):
+    for code in (0, 1, 2):
+        if code:
+            write_video(root / "videos" / "spare.mp4", [wall(size=32)] * 3, np.arange(3) / 25)
+        if code == 2:
+            (root / "VA_Estimation_Challenge" / "Train_Set" / "gone.txt").touch()
+        process = subprocess.Popen([sys.executable, "-m", "sage_nb.cli", "check", str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read() and process.wait() == code
+        process.stderr.close()
+
+
+def test_the_json_is_written_even_for_what_is_no_corpus(tmp_path):
+    (tmp_path / "r.json").write_text('{"exit_code": 0}')
+    assert main(["check", str(tmp_path / "nowhere"), "--json", str(tmp_path / "r.json")]) == 2
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["exit_code"] == 2 and "no such folder" in report["trials"][0]["problem"]
+
+
+def test_subjects_and_lists_that_contradict(root):
+    for name in ("u", "w"):
+        (root / "videos" / f"{name}.mp4").hardlink_to(root / "videos" / "two.mp4")
+    rows = [f"u/{number:05d}.jpg" for number in (1, 1, 9, 0)] + [f"w/{number:05d}.jpg" for number in range(1, COUNT + 1)]
+    (root / "list.txt").write_text("image_location,valence,arousal\n" + "".join(f"{row},0,0\n" for row in rows))
+    (root / "subjects.csv").write_text("trial,subject\nKöln,1\nKöln,2\nzz,1\nu,3\nu,3\n")
+    table = Corpus(root).check()
+    named = table.set_index("trial")
+    assert "Köln is said to be '1' and '2'; keep one of them" in named.loc["Köln", "problem"] and (table.problem != "").sum() == 1
+    assert "1 asked for twice, 7 left out, 1 called 0" in named.loc["u", "oddities"] and named.loc["w", "oddities"] == named.loc["two_left", "oddities"] == ""
+    assert named.loc["", "oddities"] == "subjects.csv names a trial zz that is not there"
+    with pytest.raises(DataError, match="keep one of them"):
+        read_trial(Corpus(root).trials()[0])
+
+
+# --- both sides of each threshold
+
+def oddities(root, video=None, rows=COUNT):
+    "Kinds of oddities of the trial Köln, with another video or another number of rows."
+    if video is not None:
+        (root / "videos" / "Köln.mp4").unlink()
+        (root / "videos" / "Köln.mp4").hardlink_to(video)
+    annotate(root / "VA_Estimation_Challenge" / "Train_Set" / "Köln.txt", [[0, 0]] * rows)
+    table = Corpus(root).check().set_index("trial")
+    return {kind for kind, _ in table.loc["Köln", "odd"]}, table.loc["Köln"]
+
+
+@pytest.mark.parametrize("seconds, early", [(1.7, False), (1.4, True)])
+def test_where_sound_ends_early(root, tmp_path, seconds, early):
+    clip = write_video(tmp_path / "a.mp4", [wall(size=32)] * 50, np.arange(50) / 25, np.zeros(round(8000 * seconds)), rate=8000)
+    assert oddities(root, clip, 50)[0] == ({"sound ends early"} if early else set())
+
+
+@pytest.mark.parametrize("start, kind", [(0.03, None), (0.14, "sound starts late"), (0.25, "sound starts late"), (-0.03, None), (-0.14, "sound starts early")])
+def test_where_sound_is_late_or_early(root, tmp_path, start, kind):
+    times = max(-start, 0) + np.arange(50) / 25
+    clip = write_video(tmp_path / "a.avi" if False else tmp_path / "a.mp4", [wall(size=32)] * 50, times, np.zeros(round(48000 * (times[-1] + 0.04 - max(start, 0)))),
+                       max(start, 0), rate=48000)
+    found, _ = oddities(root, clip, 50)
+    assert found == ({kind} if kind else set())
+
+
+@pytest.mark.parametrize("rows, kind", [(49, "rows and pictures differ"), (50 + 30, "rows and pictures differ"), (50 + 31, "rows and pictures differ by far"),
+                                        (50 - 31, "rows and pictures differ by far"), (50, None)])
+def test_where_rows_and_pictures_differ_by_far(root, tmp_path, rows, kind):
+    clip = write_video(tmp_path / "a.mp4", [wall(size=32)] * 50, np.arange(50) / 25, np.zeros(16000), rate=8000)
+    assert oddities(root, clip, rows)[0] == ({kind} if kind else set())
+
+
+def test_rows_and_pictures_of_a_long_video(root, tmp_path):
+    clip = write_video(tmp_path / "a.mp4", [wall(size=16)] * 4000, np.arange(4000) / 25, np.zeros(8000 * 160), rate=8000)
+    assert oddities(root, clip, 3960)[0] == {"rows and pictures differ"} and oddities(root, clip, 3959)[0] == {"rows and pictures differ by far"}
+
+
+@pytest.mark.parametrize("rate, kind", [(30, None), (30.05, None), (30.1, "unusual frame rate"), (24000 / 1001, None), (15, "unusual frame rate")])
+def test_which_rates_are_unusual(root, tmp_path, rate, kind):
+    clip = write_video(tmp_path / "a.mp4", [wall(size=32)] * 50, np.arange(50) / rate, np.zeros(round(8000 * 50 / rate)), rate=8000)
+    assert oddities(root, clip, 50)[0] == ({kind} if kind else set())
+
+
+@pytest.mark.parametrize("step, kind", [(1.08, None), (1.2, "variable frame rate")])
+def test_which_rates_vary(root, tmp_path, step, kind):
+    times = np.cumsum(np.r_[0, [1] * 30, step, [1] * 18]) / 25
+    clip = write_video(tmp_path / "a.mp4", [wall(size=32)] * 50, times, np.zeros(round(8000 * times[-1])), rate=8000)
+    assert oddities(root, clip, 50)[0] == ({kind} if kind else set())
+
+
+@pytest.mark.parametrize("numbers, share, kind", [(range(1, 7), 0.5, None), ([*range(1, 7), 13], 0.5, None), ([*range(1, 7), 13, 14, 15], 0.5, "face pictures beyond the end")])
+def test_the_share_of_faces_is_of_the_pictures(root, numbers, share, kind):
+    archive(faces("Köln", numbers), root / "cropped_aligned.zip")
+    found, row = oddities(root, rows=COUNT + 1)
+    assert row.faces == share and found - {"rows and pictures differ"} == ({kind} if kind else set())
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+@pytest.mark.parametrize("missing", [0, 1, 9])
+def test_a_little_that_is_cut_off_is_told(root, tmp_path, missing, suffix):
+    "Up to one picture in a hundred: too few to refuse the file."
+    count = 1000
+    whole = write_video(tmp_path / f"a{suffix}", [wall(size=16)] * count, np.arange(count) / 25, options={"movflags": "faststart"} if suffix == ".mp4" else {})
+    with av.open(str(whole)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(whole.read_bytes()[: places[count - missing] - (8 if suffix == ".avi" else 0) if missing else None])
+    (root / "videos" / "Köln.mp4").unlink()
+    (root / "videos" / f"Köln{suffix}").hardlink_to(cut)
+    found, row = oddities(root, rows=count)
+    assert found == {"no sound"} | ({"pictures missing", "rows and pictures differ"} if missing else set())
+    assert not missing or f"{missing} of the 1000 pictures that the header promises are missing" in row.oddities
+
+
+def test_what_is_hidden_or_left_out_is_not_missing(root, tmp_path):
+    clip = write_video(tmp_path / "a.mp4", [wall(size=32)] * 50, np.arange(50) / 25)
+    assert oddities(root, trim(clip, Fraction(20, 25)), 30)[0] == {"no sound"}
+    uneven = write_video(tmp_path / "b.avi", [wall(size=32)] * 50, np.r_[np.arange(25), 26 + np.arange(25)] / 25)
+    (root / "videos" / "Köln.mp4").unlink()
+    (root / "videos" / "Köln.avi").hardlink_to(uneven)
+    found, row = oddities(root, rows=50)
+    assert "pictures missing" not in found and row.frames == 50
