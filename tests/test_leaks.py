@@ -126,7 +126,7 @@ def remote_files(folder: Path) -> set[str]:
 def test_planted_files_are_not_taken(checkout):
     "Every name in every place, at once."
     names = [f"{place.rstrip('+')}/{name}".lstrip("/") for place in PLACES for name in NAMES + TABLES * (not place.endswith("+"))]
-    taken = {"nbs/index.json", "sage_nb/4.py", "tests/4.py", ".ci/run"}  # code
+    taken = {"sage_nb/4.py", "tests/4.py"}  # code
     contents = plant(checkout, *(name for name in names if name not in taken))
     assert len(contents) > 1500
     take_all(checkout)
@@ -160,6 +160,50 @@ def test_a_corpus_that_is_a_repository_is_not_taken(checkout):
     git(checkout / "real", "commit", "-q", "-m", "mine")
     take_all(checkout)
     assert git(checkout, "diff", "--name-only", "main~", "main").stdout == ""
+
+
+def refused_by_the_hook(folder: Path, *words: str) -> None:
+    head = git(folder, "rev-parse", "HEAD").stdout
+    done = git(folder, "commit", "-a", "-m", "all that is there", check=False)
+    assert done.returncode == 1 and done.stderr.startswith("pre-commit: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words) and git(folder, "rev-parse", "HEAD").stdout == head
+    git(folder, "reset", "-q")
+
+
+def test_the_hook_refuses_notebooks_with_outputs_and_what_was_forced(checkout):
+    for _ in range(2):
+        assert subprocess.run(["make", "-s", "hook"], cwd=checkout, env=environment(checkout), capture_output=True, text=True).stderr == ""
+    path = checkout / "nbs/31_stage_prepare.ipynb"
+    source, executed = path.read_text(), json.loads(path.read_text())
+    executed["cells"][-1]["outputs"] = [dict(output_type="display_data", metadata={}, data={"image/png": "a face"})]
+    path.write_text(json.dumps(executed))
+    refused_by_the_hook(checkout, "nbs/31_stage_prepare.ipynb: holds outputs", "clear them")
+    path.write_text(source)
+    shutil.copy(path, checkout / "nbs/50_mine.ipynb")
+    (checkout / "nbs/50_mine.ipynb").write_text(json.dumps(executed))
+    git(checkout, "add", "-A")
+    refused_by_the_hook(checkout, "nbs/50_mine.ipynb: holds outputs")
+    (checkout / "nbs/50_mine.ipynb").unlink()
+    for name in ("data/corpus/videos/4.mp4", "a b/ü.txt", "sample-remote/files/md5/00/11", "nbs/Untitled.ipynb"):
+        plant(checkout, name)
+        git(checkout, "add", "-f", name)
+        refused_by_the_hook(checkout, f"{name}: .gitignore keeps this out")
+    plant(checkout, "tests/test_more.py")
+    (checkout / "README.md").unlink()
+    git(checkout, "add", "-A")
+    assert git(checkout, "commit", "-q", "-m", "code").returncode == 0  # all else goes through
+    assert git(checkout, "show", "--name-status", "--format=").stdout == "D\tREADME.md\nA\ttests/test_more.py\n"
+
+
+def test_a_hook_that_is_there_stays_and_none_is_put_elsewhere(checkout, tmp_path):
+    hook = checkout / ".git/hooks/pre-commit"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("mine")
+    (inner := checkout / "inner").mkdir()
+    shutil.copy(checkout / "Makefile", inner)
+    for folder in (checkout, inner, Path(shutil.copytree(inner, tmp_path / "elsewhere"))):  # the second lies in another repository, the third in none
+        assert subprocess.run(["make", "-s", "hook"], cwd=folder, env=environment(folder), capture_output=True, text=True).stderr == ""
+        assert hook.read_text() == "mine" and not (folder / ".git/hooks/pre-commit").exists() or folder == checkout
 
 
 # --- dvc
@@ -312,8 +356,8 @@ def test_gitignore_names_all_that_the_pipeline_writes_to_results():
 
 
 def test_tables_and_figures_in_git_are_of_samples():
-    alone = {"results/bench.json", "results/tables/arithmetic.json", "results/tuning/tuning.csv"}
-    results = {name for name in TRACKED if name.startswith("results/")} - alone
+    alone = {"results/tables/arithmetic.json", "results/tuning/tuning.csv"}
+    results = {name for name in TRACKED if name.startswith("results/") and name.count("/") == 2} - alone
     sources = {name: json.loads((ROOT / name).read_text()) for name in results if name.endswith(".provenance.json")}
     assert {re.sub(r"(\.provenance)?\.\w+$", "", name) for name in results} == {name.removesuffix(".provenance.json") for name in sources}
     for name, about in sources.items():
