@@ -1,11 +1,7 @@
 """The corpus as it is distributed: face pictures in folders and archives, containers of all kinds, a report that misses nothing."""
-import json
 import os
 import struct
-import subprocess
-import sys
 import tracemalloc
-import warnings
 import zipfile
 from dataclasses import replace
 from fractions import Fraction
@@ -14,10 +10,10 @@ import av
 import cv2
 import numpy as np
 import pytest
-from clips import annotate, beeps, draw_face, talking, wall, write_video
+from clips import annotate, beeps, draw_face, wall, write_video
 from corpora import UTF8, archive, faces, jpg, limited, small_tree, trim
 
-from sage_nb.affwild2 import Corpus, Trial, _list_archive, read_crop_files, summarise, video_info
+from sage_nb.affwild2 import Corpus, Trial, _list_archive, read_crop_files, video_info
 from sage_nb.backbones import save_encoder
 from sage_nb.cli import main
 from sage_nb.core import DataError, read_arrays

@@ -8,7 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from clips import annotate, beeps, draw_face, talking, wall, write_video
+from clips import annotate, beeps, talking, wall, write_video
 from corpora import archive, differences, faces, official_tree, small_tree, trim
 
 from sage_nb.affwild2 import Corpus, summarise
