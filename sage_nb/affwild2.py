@@ -302,7 +302,7 @@ def _list_folder(
         pictures = sum(map(bool, map(_numbered, names)))
         if names[len(packed):]:
             fault = _unprintable(here, os.path.relpath(here, folder))
-            found.setdefault(_stand_in(Path(here).name) if fault else Path(here).name, []).append(Crops(
+            found.setdefault(Path(here).name if Path(here).name.isprintable() else _stand_in(Path(here).name), []).append(Crops(
                 Path(here), np.array(sorted(files), np.int64), others=len(names) - len(packed) - pictures, twice=pictures - len(files),
                 files={number: name for number, name in files.items() if name != f"{number:05d}.jpg"}, fault=fault))
     return found, archives
@@ -428,7 +428,7 @@ def _folder_in(
     if text.startswith("/") or text[1:2] == ":" or ".." in text.split("/"):
         fault = f"{path}: an entry leads out of the archive ({ascii(text[:40])}); take the organisers' archive again"
     if unprintable := _unprintable(f"{path}: {text}", text):
-        fault, trial = fault or unprintable, _stand_in(trial)
+        fault, trial = fault or unprintable, trial if trial.isprintable() else _stand_in(trial)
     return _Folder(trial, fault)
 
 
@@ -478,7 +478,10 @@ def _list_archive(
                     faults |= {folder: told, local.rpartition(b"/")[0]: told}  # a picture that one has too many is missing from another
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); put the archive there again") from None
-    return {name: [replace(one, fault=one.fault or faults.get(one.folder, "")) for one in places] for name, places in crops.items()}
+    for name, places in crops.items():
+        fault = next(filter(None, (one.fault or faults.get(one.folder, "") for one in places)), "")
+        crops[name] = [replace(one, fault=fault) for one in places]
+    return crops
 
 
 def read_crop_files(
@@ -673,8 +676,8 @@ class Corpus:
             own = self.crops.get(name, [])
             crops = next((crops for crops in own if len(crops.numbers) or crops.fault), None)
             unusable = _unprintable(challenge / name, name)
-            if len(name.encode(errors="surrogateescape")) > _LONGEST:
-                unusable = unusable or f"{challenge}: trial {name[:40]!r}... has a name of more than {_LONGEST} bytes; shorten it, and that of its video"
+            if not unusable and len(name.encode()) > _LONGEST:
+                unusable = f"{challenge}: trial {name[:40]!r}... has a name of more than {_LONGEST} bytes; shorten it, and that of its video"
             faults = [
                 unusable, nobody, self._twice.get(video[name][0], ""),
                 f"{challenge}: trial {name} is in two of Train_Set, Validation_Set and the test list; keep it in one of them" if names[name] > 1 else "",
@@ -879,7 +882,8 @@ def _check_trial(
             if len(used) > 1:
                 note("face pictures in several places", f"face pictures in {len(used)} places, of which {used[0]} is used")
         elif others := sum(others for *_, others in places):
-            note("face pictures that cannot be used", f"{_number(others, 'file')} in {places[0][0]}, none of them <number>.jpg, so that a detector has to look for the face")
+            note("face pictures that cannot be used", f"{_number(others, 'file')} in {places[0][0]}, none of them <number>.jpg, "
+                                                      "so that a detector has to look for the face")
         elif crops_are_given:
             note("no face pictures", "no face pictures, so that a detector has to look for the face")
     except DataError as error:
