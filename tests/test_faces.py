@@ -253,12 +253,13 @@ def test_one_wrong_detection_moves_nobody():
 # --- how faces are searched can be said, and is said to the suite as well
 
 def test_a_small_face_is_found_on_demand(tmp_path):
-    image = draw_face(np.concatenate([wall(size=480)] * 2, 1), 300, 240, radius=36)  # 0.12 of the shorter side
+    image = draw_face(np.concatenate([wall(size=480)] * 2, 1), 300, 240, radius=24)  # to the cascade 0.12 of the shorter side
     video = write_video(tmp_path / "t.mp4", [image] * 6, np.arange(6) / 25)
     trial = Trial("t", "train", video, None, None, "s", "t")
     assert not read_trial(trial)["visual_ok"].any()
     data = read_trial(trial, smallest_face=0.1)
     assert data["visual_ok"].all() and np.abs(data["box"][:, 0] + data["box"][:, 2] / 2 - 300).max() < 10
+    assert data["box"][:, 2] == pytest.approx(0.12 * 480, rel=0.15)
     with pytest.raises(DataError, match="smallest_face is 0, but must be in"):
         read_trial(trial, smallest_face=0)
 
