@@ -84,7 +84,7 @@ class VideoInfo:
     width: int  # pixels, of the picture as it is shown
     height: int  # pixels
     frames: int  # pictures in the file that can be shown
-    promised: int  # and as its header has it; 0: it does not say
+    missing: int  # pictures that the header promises, or that come first and cannot be decoded
     rate: float  # pictures per second, mean over the file
     variable: bool  # whether an interval between pictures differs from the median by more than a tenth
     start: float  # time of the first picture
@@ -194,12 +194,13 @@ def check_complete(
     frames: int,  # pictures that were found in it
     last: int | None,  # decoding stamp of its last packet
     hidden: int = 0,  # pictures that are there but not to be shown
-) -> None:
+) -> int:  # pictures missing, as far as the header tells
     "Raise `DataError` for a video that ends before its header says: more than 1 % (at least two pictures) missing, or all of them."
     places = last + 1 if stores_no_times(stream.container) and last is not None else frames + hidden  # in AVI, a place may be left empty
     if frames == 0 or stream.frames - places > max(1, stream.frames // 100):
         raise DataError(f"{path}: the video breaks off after picture {frames}, its header promises {stream.frames or 'more'}; "
                         "copy the file again")
+    return max(stream.frames - places, 0)
 
 
 def video_info(
@@ -223,7 +224,7 @@ def video_info(
         known = sorted(stamp for stamp in stamps if stamp is not None)
         early = 0 if first is None or first.pts is None else sum(stamp < first.pts for stamp in known)
         frames = len(stamps) - early
-        check_complete(path, stream, frames, last, hidden + early)
+        missing = early + check_complete(path, stream, frames, last, hidden + early)
         mirrored, turned = orientation(first)
         times = np.array(list(map(Clock(stream), known[early:] + [None] * (len(stamps) - len(known)))))
         steps = np.diff(times)
@@ -231,7 +232,7 @@ def video_info(
         begin = None if sound is None else float((sound.start_time or 0) * sound.time_base)
         width, height = (stream.width, stream.height)[:: -1 if turned % 180 else 1]
         return VideoInfo(
-            width=width, height=height, frames=frames, promised=stream.frames, rate=float(rate),
+            width=width, height=height, frames=frames, missing=missing, rate=float(rate),
             variable=bool(len(steps) and np.abs(steps - np.median(steps)).max() > 0.1 * np.median(steps)),
             start=float(times[0]), duration=float(times[-1] - times[0] + 1 / rate), turned=turned, mirrored=mirrored,
             has_sound=sound is not None, sound_tracks=len(container.streams.audio), sound_start=begin,
@@ -850,8 +851,8 @@ def _check_trial(
         if surplus := row.get("rows", info.frames) - info.frames:
             much = abs(surplus) > max(30, info.frames // 100)
             note(f"rows and pictures differ{' by far' * much}", f"{_number(abs(surplus), 'row')} {'more' if surplus > 0 else 'fewer'} than pictures")
-        if info.promised > info.frames:
-            note("pictures missing", f"{info.promised - info.frames} of the {info.promised} pictures that the header promises are missing")
+        if info.missing:
+            note("pictures missing", f"{info.missing} pictures that belong to the video are missing or cannot be decoded")
         if info.variable:
             note("variable frame rate")
         elif np.abs(_USUAL_RATES / info.rate - 1).min() > 0.002:

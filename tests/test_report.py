@@ -240,7 +240,7 @@ def test_a_little_that_is_cut_off_is_told(root, tmp_path, missing, suffix):
     (root / "videos" / f"Köln{suffix}").hardlink_to(cut)
     found, row = oddities(root, rows=count)
     assert found == {"no sound"} | ({"pictures missing", "rows and pictures differ"} if missing else set())
-    assert not missing or f"{missing} of the 1000 pictures that the header promises are missing" in row.oddities
+    assert not missing or f"{missing} pictures that belong to the video are missing" in row.oddities
 
 
 def test_what_is_hidden_or_left_out_is_not_missing(root, tmp_path):
