@@ -6,7 +6,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 PIPELINE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m sage_nb.pipeline
 
-.PHONY: help env repro tune replicate verify test bench readme lab clean
+.PHONY: help env hook repro tune replicate verify test bench readme lab clean
 
 help:
 	@echo "make repro      raw video in, tables and figures out (makes $(VENV) and fetches the sample first)"
@@ -51,7 +51,7 @@ clean:
 
 # An environment is complete when it holds a copy of the lock, which is put there last. One that was left
 # half-made is made anew: pip takes a package that was cut off while being unpacked for installed.
-env:
+env: hook
 	@cmp -s requirements.lock "$(VENV)/requirements.lock" || { \
 	  if [ -d "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ] && [ -n "$$(ls -A "$(VENV)")" ]; then \
 	    echo "$(VENV): a folder, but not a virtual environment; remove it or name another with VENV=path" >&2; exit 2; \
@@ -68,3 +68,10 @@ env:
 	  echo "setting up $(VENV) from requirements.lock (about 3 minutes and 7 GB)" && \
 	  touch "$(VENV)/half-made" && "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
 	  cp requirements.lock "$(VENV)/requirements.lock" && rm "$(VENV)/half-made"; }
+
+# In a checkout of its own, git asks .ci/pre-commit before each commit, unless there is a hook already.
+hook:
+	@if [ -z "$$(git rev-parse --show-cdup 2>/dev/null || echo none)" ]; then \
+	  hook=$$(git rev-parse --git-path hooks/pre-commit); \
+	  [ -e "$$hook" ] || { mkdir -p "$$(dirname "$$hook")" && printf '#!/bin/sh\n[ ! -x .ci/pre-commit ] || exec .ci/pre-commit\n' >"$$hook" && chmod +x "$$hook"; }; \
+	fi

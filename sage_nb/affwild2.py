@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 import av
@@ -18,18 +18,28 @@ import pandas as pd
 from .core import DataError, parallel_map, whole
 
 # %% auto #0
-__all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'stores_no_times', 'sound_track', 'Clock',
-           'check_complete', 'video_info', 'Crops', 'read_crop_files', 'Trial', 'video_of', 'read_test_list', 'Corpus',
-           'summarise', 'write_submission']
+__all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'picture_track', 'stores_no_times', 'sound_track',
+           'orientation', 'shown_at', 'Clock', 'check_complete', 'video_info', 'Crops', 'read_crop_files', 'Trial',
+           'video_of', 'read_test_list', 'Corpus', 'summarise', 'write_submission', 'check_submission']
 
 # %% ../nbs/02_affwild2.ipynb #2758f299
+def _opened(
+    path: str | Path,
+):
+    "A file, open for reading bytes. `OSError` for what is none: a pipe would keep its reader waiting for ever."
+    if (path := Path(path)).exists() and not path.is_file():
+        raise OSError(0, "not a regular file")
+    return path.open("rb")
+
+
 def read_annotation(
     path: str | Path,  # an annotation file of Aff-Wild2
 ) -> tuple[np.ndarray, np.ndarray]:  # va [N, 2] float32, 0 where not labelled; valid [N] bool
     "Valence and arousal by row, and which rows are labelled. A file that cannot be believed raises `DataError` with its line."
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with _opened(path) as file:
+            text = file.read().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); put the annotation file there") from None
     except UnicodeDecodeError:
@@ -73,12 +83,14 @@ class VideoInfo:
     "What a video file says of itself. Times are in seconds on the container's clock, which picture and sound share."
     width: int  # pixels, of the picture as it is shown
     height: int  # pixels
-    frames: int  # pictures in the file
+    frames: int  # pictures in the file that can be shown
+    missing: int  # pictures that the header promises, or that come first and cannot be decoded
     rate: float  # pictures per second, mean over the file
     variable: bool  # whether an interval between pictures differs from the median by more than a tenth
     start: float  # time of the first picture
     duration: float  # from the first picture to the end of the last
     turned: int  # degrees, anticlockwise, by which the file asks to turn its pictures
+    mirrored: bool  # whether it asks to exchange left and right before that
     has_sound: bool
     sound_tracks: int
     sound_start: float | None  # time of the first sample of the sound track in use
@@ -106,7 +118,7 @@ def open_video(
     with container:
         if not container.streams.video:
             raise DataError(f"{path}: no picture track in this file; put the video in its place")
-        tracks = container.streams.video[:1] + container.streams.audio
+        tracks = (picture_track(container), *container.streams.audio)
         if any(kind and not any(track.codec_context for track in kind) for kind in (tracks[:1], tracks[1:])):
             raise DataError(f"{path}: pictures or sound are in a format that FFmpeg cannot decode; copy the file again, or convert it")
         for track in tracks:
@@ -114,6 +126,13 @@ def open_video(
                 track.codec_context.thread_count = 1
         tracks[0].codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         yield container
+
+
+def picture_track(
+    container: av.container.InputContainer,
+) -> av.video.VideoStream:
+    "The picture track in use."
+    return container.streams.best("video") or container.streams.video[0]
 
 
 def stores_no_times(
@@ -129,6 +148,26 @@ def sound_track(
     "The sound track in use: the file's default one, else the first, of those that can be decoded."
     tracks = [track for track in container.streams.audio if track.codec_context]
     return next((track for track in tracks if track.disposition & av.stream.Disposition.default), next(iter(tracks), None))
+
+
+def orientation(
+    picture: av.VideoFrame,
+) -> tuple[bool, int]:  # whether to exchange left and right, and degrees by which to turn it anticlockwise then
+    "How the file wants a decoded picture to be shown."
+    if (note := picture.side_data.get("DISPLAYMATRIX")) is None:
+        return False, 0
+    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(note)[:36])
+    mirrored = a * d < b * c
+    return mirrored, 90 * round(picture.rotation / 90 + 2 * mirrored) % 360
+
+
+def shown_at(
+    packet: av.Packet,
+) -> int | None:  # in the track's unit
+    "The packet's stamp on the clock of presentation, which the picture that is decoded from it gets as its `pts`. In AVI they are in order only."
+    if stores_no_times(packet.stream.container):
+        packet.pts = packet.dts
+    return packet.pts
 
 
 class Clock:
@@ -155,12 +194,13 @@ def check_complete(
     frames: int,  # pictures that were found in it
     last: int | None,  # decoding stamp of its last packet
     hidden: int = 0,  # pictures that are there but not to be shown
-) -> None:
+) -> int:  # pictures missing, as far as the header tells
     "Raise `DataError` for a video that ends before its header says: more than 1 % (at least two pictures) missing, or all of them."
     places = last + 1 if stores_no_times(stream.container) and last is not None else frames + hidden  # in AVI, a place may be left empty
     if frames == 0 or stream.frames - places > max(1, stream.frames // 100):
         raise DataError(f"{path}: the video breaks off after picture {frames}, its header promises {stream.frames or 'more'}; "
                         "copy the file again")
+    return max(stream.frames - places, 0)
 
 
 def video_info(
@@ -168,41 +208,43 @@ def video_info(
 ) -> VideoInfo:
     "Size, rate, times and sound of a video, decoding no more than its first picture. A broken or truncated file raises `DataError`."
     with open_video(path) as container:
-        stream, sound = container.streams.video[0], sound_track(container)
-        stamps, hidden, turned = [], 0, None
+        stream, sound = picture_track(container), sound_track(container)
+        stamps, hidden, last, first = [], 0, None, None
         try:
             for packet in container.demux(stream):
                 if packet.size:
-                    hidden += packet.is_discard
-                    if not packet.is_discard:
-                        stamps.append((packet.dts, packet.pts))
-                if turned is None:
-                    turned = next((picture.rotation for picture in packet.decode()), None)
+                    last, hidden = packet.dts, hidden + packet.is_discard
+                    stamps += [] if packet.is_discard else [shown_at(packet)]
+                if first is None:
+                    first = next(iter(packet.decode()), None)
         except av.FFmpegError as error:
             raise DataError(f"{path}: damaged ({error.strerror}); copy the file again") from None
-        check_complete(path, stream, len(stamps), stamps[-1][0] if stamps else None, hidden)
-        if turned is None:
+        if stamps and first is None:
             raise DataError(f"{path}: no picture in it can be decoded ({stream.codec_context.name}); copy the file again")
-        shown = [dts if stores_no_times(container) else pts for dts, pts in stamps]
-        known = sorted(stamp for stamp in shown if stamp is not None)
-        times = np.array(list(map(Clock(stream), known + [None] * (len(shown) - len(known)))))
+        known = sorted(stamp for stamp in stamps if stamp is not None)
+        early = 0 if first is None or first.pts is None else sum(stamp < first.pts for stamp in known)
+        frames = len(stamps) - early
+        missing = early + check_complete(path, stream, frames, last, hidden + early)
+        mirrored, turned = orientation(first)
+        times = np.array(list(map(Clock(stream), known[early:] + [None] * (len(stamps) - len(known)))))
         steps = np.diff(times)
         rate = len(steps) / (times[-1] - times[0]) if times[-1] > times[0] else float(stream.average_rate or 25)
         begin = None if sound is None else float((sound.start_time or 0) * sound.time_base)
         width, height = (stream.width, stream.height)[:: -1 if turned % 180 else 1]
         return VideoInfo(
-            width=width, height=height, frames=len(stamps), rate=float(rate),
+            width=width, height=height, frames=frames, missing=missing, rate=float(rate),
             variable=bool(len(steps) and np.abs(steps - np.median(steps)).max() > 0.1 * np.median(steps)),
-            start=float(times[0]), duration=float(times[-1] - times[0] + 1 / rate), turned=turned % 360,
+            start=float(times[0]), duration=float(times[-1] - times[0] + 1 / rate), turned=turned, mirrored=mirrored,
             has_sound=sound is not None, sound_tracks=len(container.streams.audio), sound_start=begin,
             sound_end=None if sound is None or sound.duration is None else begin + float(sound.duration * sound.time_base),
             sound_rate=sound and sound.sample_rate, channels=sound and sound.codec_context.channels, times=times)
 
 # %% ../nbs/02_affwild2.ipynb #bcb44e86
 _LARGEST = 1 << 24  # bytes; no picture of a face is larger
-_NUMBERED = re.compile(r"(\d{5,9})\.jpg")
+_NUMBERED = re.compile(r"(\d{5,9})\.jpe?g", re.IGNORECASE)
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
+_SUSPECTS = 16  # entries of a folder, at most, whose names are compared at once
 
 
 @dataclass(frozen=True)
@@ -212,12 +254,28 @@ class Crops:
     numbers: np.ndarray  # [N] int64, sorted: the pictures of the video in which a face was found
     places: np.ndarray | None = None  # [N, 5] int64, in an archive: offset, length there, length, method, checksum
     others: int = 0  # files beside them that are no numbered picture
+    twice: int = 0  # pictures that are there once more; of an archive the last one counts
+    folder: bytes = b""  # name of their folder in the archive
+    files: Mapping[int, str] = field(default_factory=dict)  # names of those in a folder that are not called <number>.jpg
+    fault: str = ""  # why they cannot be believed
 
 
-def _check_name(path: str | Path, name: str) -> None:
-    "Names go into tables, files and terminals: those with line ends, control characters or bytes that are no text raise `DataError`."
-    if not name.isprintable():
-        raise DataError(f"{ascii(str(path))[1:-1]}: a name with characters that cannot be printed; rename it")
+def _printable(text: object) -> str:
+    return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(text))
+
+
+def _unprintable(
+    place: str | Path,  # for the message
+    name: str,
+) -> str:  # what is wrong with it, or ""
+    "Names go into tables, files and terminals: those with line ends, control characters or bytes that are no text are faults."
+    return "" if name.isprintable() else f"{_printable(place)}: a name with characters that cannot be printed; rename it"
+
+
+def _stand_in(
+    name: str,  # that cannot be printed, or is too long
+) -> str:  # one that can, and is another for another
+    return f"{ascii(name)[1:-1][:60]}~{sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def _numbered(
@@ -229,27 +287,32 @@ def _numbered(
 
 def _list_folder(
     folder: Path,  # cropped_aligned, unpacked
+    seen: set[str],  # folders that were looked at, and need not be again under another name; receives those of this one
 ) -> tuple[dict[str, list[Crops]], list[Path]]:  # crops by trial; zip archives
-    found, archives, seen = {}, [], set()
+    found, archives = {}, []
     for here, inner, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:  # a link that leads back
+        if (real := os.path.realpath(here)) in seen:
             inner.clear()
             continue
         seen.add(real)
         inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX")))
-        archives += [Path(here, name) for name in sorted(names) if name.lower().endswith(".zip") and name[0] != "."]
-        numbers = np.array(sorted(filter(None, map(_numbered, names))), np.int64)
-        if len(numbers):
-            _check_name(here, os.path.relpath(here, folder))
-            others = sum(name[0] != "." and not _numbered(name) for name in names)
-            found.setdefault(Path(here).name, []).append(Crops(Path(here), numbers, None, others))
+        names = sorted((name for name in names if name[0] != "."), reverse=True)  # 00001.jpg is taken before 00001.JPG
+        packed = [name for name in names if name.lower().endswith(".zip")]
+        archives += [Path(here, name) for name in reversed(packed)]
+        files = {number: name for name in names if (number := _numbered(name))}
+        pictures = sum(map(bool, map(_numbered, names)))
+        if names[len(packed):]:
+            fault = _unprintable(here, os.path.relpath(here, folder))
+            found.setdefault(Path(here).name if Path(here).name.isprintable() else _stand_in(Path(here).name), []).append(Crops(
+                Path(here), np.array(sorted(files), np.int64), others=len(names) - len(packed) - pictures, twice=pictures - len(files),
+                files={number: name for number, name in files.items() if name != f"{number:05d}.jpg"}, fault=fault))
     return found, archives
 
 
 def _archive_directory(
     path: Path,  # for the message
-    file,  # the archive
-) -> tuple[bytes, int, int]:  # the directory, the number of its entries, and what to add to its offsets
+    file,  # the archive; left at the beginning of its directory
+) -> tuple[int, int, bool, int]:  # length of the directory, number of its entries, whether that is modulo 65,536, what to add to its offsets
     damaged = DataError(f"{path}: not a complete zip archive; copy it again")
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _END.size - 0xFFFF))  # a comment of at most 64 KiB may follow
@@ -258,87 +321,52 @@ def _archive_directory(
     if at < 0 or len(tail) - at < _END.size:
         raise damaged
     _, disk, first_disk, _, entries, length, offset, _ = _END.unpack_from(tail, at)
-    end = size - len(tail) + at
-    if 0xFFFF in (entries, disk) or 0xFFFFFFFF in (length, offset):  # more than 65,535 entries or 4 GiB: another record before this one
+    end, modulo = size - len(tail) + at, True
+    if 0xFFFF in (entries, disk) or 0xFFFFFFFF in (length, offset):  # mostly, more than 65,534 entries or 4 GiB: another record before this one
         file.seek(max(0, end - _LOCATOR.size))
-        signature, _, end, _ = _LOCATOR.unpack(file.read(_LOCATOR.size).ljust(_LOCATOR.size, b"\0"))
-        if signature != b"PK\6\7" or end > size - _END64.size:
-            raise damaged
-        file.seek(end)
-        signature, _, _, _, disk, first_disk, _, entries, length, offset = _END64.unpack(file.read(_END64.size))
-        if signature != b"PK\6\6":
-            raise damaged
+        signature, _, begin, _ = _LOCATOR.unpack(file.read(_LOCATOR.size).ljust(_LOCATOR.size, b"\0"))
+        if signature == b"PK\6\7":
+            file.seek(min(begin, size))
+            signature, _, _, _, disk, first_disk, _, entries, length, offset = _END64.unpack(file.read(_END64.size).ljust(_END64.size, b"\0"))
+            end, modulo = begin, False
+            if signature != b"PK\6\6":
+                raise damaged
     if disk or first_disk:
         raise DataError(f"{path}: one part of an archive in several parts; join them into one archive")
     if length > end or end - length < offset:
         raise damaged
     file.seek(end - length)
-    return file.read(length), entries, end - length - offset
+    return length, entries, modulo, end - length - offset
 
 
-def _folder_name(
-    path: Path,  # the archive, for the message
-    name: bytes,  # of a folder in it
-    utf8: bool,  # whether the archive says that names are UTF-8
-) -> str:
-    try:
-        text = name.decode("utf-8")
-    except UnicodeDecodeError:
-        if utf8:
-            raise DataError(f"{path}: a name in it is said to be UTF-8 and is not; copy the archive again") from None
-        text = name.decode("cp437")
-    if text.startswith("/") or text[1:2] == ":" or ".." in text.split("/"):
-        raise DataError(f"{path}: an entry leads out of the archive ({text[:40]!r}); take the organisers' archive again")
-    _check_name(f"{path}: {text}", text)
-    return text
-
-
-def _list_archive(
-    path: Path,
-) -> dict[str, list[Crops]]:  # crops by trial
-    "What face pictures a zip archive holds. One that cannot be believed raises `DataError`."
-    found: dict[bytes, list] = {}  # folder -> its name, [number, offset, length there, length, method, checksum, ...], other files
-    try:
-        with path.open("rb") as file:
-            directory, entries, shift = _archive_directory(path, file)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); put the archive there again") from None
-    at = 0
-    for _ in range(entries):
-        try:
-            (signature, _, _, flags, method, _, _, checksum, packed, length, name_length, extra_length, comment_length, _, _, _,
-             offset) = _ENTRY.unpack_from(directory, at)
-        except struct.error:
-            signature = None
-        if signature != b"PK\1\2":
-            raise DataError(f"{path}: the archive's directory is damaged; copy it again")
-        name = directory[at + _ENTRY.size : at + _ENTRY.size + name_length].replace(b"\\", b"/")
-        at += _ENTRY.size + name_length + extra_length + comment_length
-        folder, _, file_name = name.rpartition(b"/")
-        if folder not in found:
-            found[folder] = [_folder_name(path, folder, bool(flags & 0x800)), array("q"), 0]
-        if file_name == b"..":
-            _folder_name(path, name, bool(flags & 0x800))
-        number = _numbered(file_name.decode("latin-1"))
-        if not number:
-            found[folder][2] += file_name[:1] not in (b"", b".")
-            continue
+def _entries(
+    path: Path,  # for the message
+    file,  # the archive
+) -> Iterator[tuple[bytes, int, int, int, int, int, int]]:  # name, flags, offset, length there, length, method, checksum
+    "The directory of an archive, read piece by piece: it can be said to be as large as the file."
+    left, entries, modulo, shift = _archive_directory(path, file)
+    damaged = DataError(f"{path}: the archive's directory is damaged; copy it again")
+    piece, at, count = b"", 0, 0
+    while left or at < len(piece):
+        if left and len(piece) - at < _ENTRY.size + 3 * 0xFFFF:
+            more = file.read(min(left, 1 << 22))
+            piece, at, left = piece[at:] + more, 0, left - len(more)
+        if len(piece) - at < _ENTRY.size:
+            raise damaged
+        (signature, _, _, flags, method, _, _, checksum, packed, length, name_length, extra_length, comment_length, _, _, _,
+         offset) = _ENTRY.unpack_from(piece, at)
+        at += _ENTRY.size
+        if signature != b"PK\1\2" or at + name_length + extra_length + comment_length > len(piece):
+            raise damaged
+        name = piece[at : at + name_length].replace(b"\\", b"/")
+        at += name_length
         if 0xFFFFFFFF in (length, packed, offset):
-            length, packed, offset = _long_values(directory[at - extra_length - comment_length : at - comment_length], length, packed, offset)
-        if flags & 1 or method not in (0, 8):
-            raise DataError(f"{path}: its pictures are {'encrypted' if flags & 1 else f'packed by method {method}'}, which is not supported; "
-                            "unpack it into a folder of the same name")
-        if max(length, packed) > _LARGEST:
-            raise DataError(f"{path}: picture {number} of {found[folder][0][-40:]!r} is said to have {max(length, packed)} bytes; "
-                            "take the organisers' archive again")
-        found[folder][1].extend((number, offset + shift, packed, length, method, checksum))
-    crops: dict[str, list[Crops]] = {}
-    for folder, values, others in found.values():
-        table = np.array(values, np.int64).reshape(-1, 6)
-        last = len(table) - 1 - np.unique(table[::-1, 0], return_index=True)[1]  # a name that comes twice means the later one
-        if len(table) and not folder.startswith("__MACOSX"):
-            crops.setdefault(folder.rpartition("/")[2], []).append(Crops(path, table[last, 0], table[last, 1:], others))
-    return crops
+            length, packed, offset = _long_values(piece[at : at + extra_length], length, packed, offset)
+        at += extra_length + comment_length
+        count += 1
+        yield name, flags, offset + shift, packed, length, method, checksum
+    if entries != (count % 0x10000 if modulo else count):
+        raise damaged
 
 
 def _long_values(
@@ -354,15 +382,120 @@ def _long_values(
     return [min(next(rest, 0), 1 << 62) if value == 0xFFFFFFFF else value for value in values]
 
 
+def _local_name(
+    file,  # the archive; left behind the name
+    offset: int,  # where one of its files begins
+) -> tuple[bytes, int]:  # what it is called there, empty when nothing begins there; and how many more bytes come before its content
+    file.seek(offset)
+    header = file.read(_LOCAL.size)
+    if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
+        return b"", 0
+    *_, name_length, extra_length = _LOCAL.unpack(header)
+    return file.read(name_length).replace(b"\\", b"/"), extra_length
+
+
+def _agrees(
+    local: bytes,  # a name, as it stands before the file
+    folder: bytes,  # of which folder and of which number it is
+    number: int,
+) -> bool:
+    place, _, name = local.rpartition(b"/")
+    return place == folder and _numbered(name.decode("latin-1")) == number
+
+
+@dataclass
+class _Folder:
+    "What an archive's directory says of one folder."
+    trial: str
+    fault: str
+    pictures: array = field(default_factory=lambda: array("q"))  # number, offset, length there, length, method, checksum, and so on
+    others: int = 0
+    suspects: int = 0
+
+
+def _folder_in(
+    path: Path,  # the archive, for the message
+    name: bytes,  # of a folder in it
+    utf8: bool,  # whether the archive says that names are UTF-8
+) -> _Folder:
+    fault = ""
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = name.decode("cp437")
+        if utf8:
+            fault = f"{path}: a name in it is said to be UTF-8 and is not ({ascii(text[-40:])}); copy the archive again"
+    trial = text.rpartition("/")[2]
+    if text.startswith("/") or text[1:2] == ":" or ".." in text.split("/"):
+        fault = f"{path}: an entry leads out of the archive ({ascii(text[:40])}); take the organisers' archive again"
+    if unprintable := _unprintable(f"{path}: {text}", text):
+        fault, trial = fault or unprintable, trial if trial.isprintable() else _stand_in(trial)
+    return _Folder(trial, fault)
+
+
+def _list_archive(
+    path: Path,
+) -> dict[str, list[Crops]]:  # crops by trial
+    "What face pictures a zip archive holds. One that cannot be read to its end raises `DataError`."
+    found: dict[bytes, _Folder] = {}
+    suspects = []  # entries that may owe their name to a wrong bit: folder, number, name, offset
+    crops: dict[str, list[Crops]] = {}
+    try:
+        with _opened(path) as file:
+            for name, flags, offset, packed, length, method, checksum in _entries(path, file):
+                folder, _, file_name = name.rpartition(b"/")
+                number, first = _numbered(file_name.decode("latin-1")), folder not in found
+                if first:
+                    found[folder] = _folder_in(path, folder, bool(flags & 0x800))
+                here = found[folder]
+                if file_name == b"..":
+                    here.fault = f"{path}: an entry leads out of the archive ({ascii(here.trial[-40:] + '/..')}); take the organisers' archive again"
+                elif number and (flags & 1 or method not in (0, 8)):
+                    here.fault = (f"{path}: pictures of {here.trial[-40:]!r} are {'encrypted' if flags & 1 else f'packed by method {method}'}, "
+                                  "which is not supported; unpack the archive into a folder of the same name")
+                elif number and max(length, packed) > _LARGEST:
+                    here.fault = (f"{path}: picture {number} of {here.trial[-40:]!r} is said to have {max(length, packed)} bytes; "
+                                  "take the organisers' archive again")
+                elif number:
+                    here.pictures.extend((number, offset, packed, length, method, checksum))
+                else:
+                    here.others += file_name[:1] not in (b"", b".")
+                if first or not number and here.suspects < _SUSPECTS:
+                    here.suspects += 1
+                    suspects.append((folder, number, name, offset))
+            for folder, here in found.items():
+                table = np.array(here.pictures, np.int64).reshape(-1, 6)
+                last = len(table) - 1 - np.unique(table[::-1, 0], return_index=True)[1]  # a name that comes twice means the later one
+                earlier = np.delete(table, last, 0)
+                suspects += [(folder, number, b"", offset) for number, offset in earlier[:_SUSPECTS, :2].tolist()]
+                if not folder.startswith(b"__MACOSX"):
+                    crops.setdefault(here.trial, []).append(
+                        Crops(path, table[last, 0], table[last, 1:], here.others, len(earlier), folder, fault=here.fault))
+            faults = {}
+            for folder, number, name, offset in suspects:
+                local = _local_name(file, offset)[0]
+                if not (_agrees(local, folder, number) if number else local == name):
+                    told = f"{path}: its directory and what lies at byte {offset} do not agree; copy the archive again"
+                    faults |= {folder: told, local.rpartition(b"/")[0]: told}  # a picture that one has too many is missing from another
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); put the archive there again") from None
+    for name, places in crops.items():
+        fault = next(filter(None, (one.fault or faults.get(one.folder, "") for one in places)), "")
+        crops[name] = [replace(one, fault=fault) for one in places]
+    return crops
+
+
 def read_crop_files(
     crops: Crops,
 ) -> Iterator[tuple[int, bytes]]:  # the picture's number, and its jpg file
     "Read a trial's face pictures in order. One that cannot be read raises `DataError`."
+    if crops.fault:
+        raise DataError(crops.fault)
     if crops.places is None:
         for number in crops.numbers.tolist():
-            path = crops.source / f"{number:05d}.jpg"
+            path = crops.source / crops.files.get(number, f"{number:05d}.jpg")
             try:
-                with path.open("rb") as file:
+                with _opened(path) as file:
                     content = file.read(_LARGEST + 1)
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); put the picture there again") from None
@@ -371,20 +504,18 @@ def read_crop_files(
             yield number, content
         return
     try:
-        with crops.source.open("rb") as file:
+        with _opened(crops.source) as file:
             for number, place in zip(crops.numbers.tolist(), crops.places.tolist()):
-                yield number, _unpack(crops.source, file, number, *place)
+                yield number, _unpack(crops, file, number, *place)
     except OSError as error:
         raise DataError(f"{crops.source}: cannot be read ({error.strerror}); copy the archive again") from None
 
 
-def _unpack(path: Path, file, number: int, offset: int, packed: int, length: int, method: int, checksum: int) -> bytes:
+def _unpack(crops: Crops, file, number: int, offset: int, packed: int, length: int, method: int, checksum: int) -> bytes:
     "One file of an archive."
-    file.seek(offset)
-    header = file.read(_LOCAL.size)
-    if len(header) == _LOCAL.size and header[:4] == b"PK\3\4":
-        *_, name_length, extra_length = _LOCAL.unpack(header)
-        file.seek(name_length + extra_length, os.SEEK_CUR)
+    local, further = _local_name(file, offset)
+    if _agrees(local, crops.folder, number):
+        file.seek(further, os.SEEK_CUR)
         content = file.read(packed)
         try:
             content = zlib.decompressobj(-15).decompress(content, length + 1) if method else content
@@ -392,7 +523,7 @@ def _unpack(path: Path, file, number: int, offset: int, packed: int, length: int
             content = b""
         if len(content) == length and zlib.crc32(content) == checksum:
             return content
-    raise DataError(f"{path}: picture {number}, at byte {offset}, is damaged; copy the archive again")
+    raise DataError(f"{crops.source}: picture {number}, at byte {offset}, is damaged; copy the archive again")
 
 # %% ../nbs/02_affwild2.ipynb #9a22364a
 SPLITS = ("train", "dev", "calibration", "validation", "test")
@@ -409,12 +540,15 @@ class Trial:
     subject: str  # who it is, as far as known
     group: str  # the unit that splits and tests respect
     crops: Crops | None = field(default=None, compare=False, repr=False)  # the organisers' face pictures; None: there are none
+    fault: str = ""  # why it cannot be used, as far as names, lists and archives tell
 
 
 def video_of(
     trial: Trial,
 ) -> Path:
-    "The trial's video; `DataError` when there is none."
+    "The trial's video; `DataError` when there is none, or the trial cannot be used."
+    if trial.fault:
+        raise DataError(trial.fault)
     if trial.video is None:
         name = trial.id.removesuffix(f"_{trial.side}")
         raise DataError(f"{trial.annotation or trial.id}: there is no video for this trial; "
@@ -449,7 +583,8 @@ def read_test_list(
     "Which frames a submission must hold, in its order. A list that is missing, empty or damaged raises `DataError`."
     rows = []
     try:
-        header, *lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
+        with _opened(path) as file:
+            header, *lines = file.read().decode("utf-8-sig", "replace").splitlines() or [""]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); put the organisers' list there") from None
     if [name.strip() for name in header.split(",")] != _TEST_HEADER:
@@ -466,19 +601,32 @@ def read_test_list(
     return rows
 
 
+def _uneven(
+    frames: list[int],  # that a list asks for, of one trial
+) -> str:  # in which way they are not 1, 2, 3, ...; "" when they are
+    asked = set(frames)
+    counts = {"asked for twice": len(frames) - len(asked), "left out": max(asked) - len(asked - {0}), "called 0": int(0 in asked)}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
 def _read_subjects(
     path: Path,  # subjects.csv, if there is one
-) -> dict[str, str]:  # trial -> subject
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        try:
-            header, *rows = [row for row in csv.reader(lines) if row] or [[]]
-        except csv.Error:  # a field of 128 KiB
-            header = None
+) -> dict[str, set[str]]:  # trial -> subjects, of which there should be one
+    subjects: dict[str, set[str]] = {}
+    if not path.exists():
+        return subjects
+    try:
+        with _opened(path) as file:
+            header, *rows = [row for row in csv.reader(file.read().decode("utf-8-sig", "replace").splitlines(True)) if row] or [[]]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); correct it or remove it") from None
+    except csv.Error:  # a field of 128 KiB
+        header = None
     if header != ["trial", "subject"] or any(len(row) != 2 for row in rows):
         raise DataError(f"{path}: not a table with the two columns 'trial,subject'; correct it or remove it")
-    return dict(rows)
+    for trial, subject in rows:
+        subjects.setdefault(trial, set()).add(subject)
+    return subjects
 
 
 class Corpus:
@@ -494,78 +642,114 @@ class Corpus:
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder; put the corpus there, or make a sample with `sage-nb sample`")
-        self.faults: list[str] = []  # sentences on archives of face pictures that cannot be believed
-        self.videos, self.crops, challenge = self._walk()  # both by name, without suffix
-        sets = {split: {path.stem: path for path in (challenge / name).glob("*.txt") if not path.name.startswith(".")}
+        self.faults: list[str] = []  # sentences on what cannot be believed
+        self._odd: list[tuple[str, str, str]] = []  # on what belongs to no trial: its place, kind of oddity, sentence
+        self.videos: dict[str, Path] = {}  # by name, without suffix
+        self._twice: dict[str, str] = {}  # name of a video -> what is wrong with it
+        self.crops: dict[str, list[Crops]] = {}  # by trial
+        challenge = self._walk()
+        sets = {split: {path.stem: path for path in sorted((challenge / name).glob("*.txt")) if not path.name.startswith(".")}
                 for split, name in (("train", "Train_Set"), ("validation", "Validation_Set"))}
-        self.test_list = self._find_test_list()
-        sets["test"] = Counter(trial for trial, _ in read_test_list(self.test_list)) if self.test_list else Counter()
-        self.test_rows = sets["test"]  # test trial -> rows that a submission must hold
-        names = Counter(name for trials in sets.values() for name in trials.keys())
-        if not names:
+        self.test_list = self._believed(self._find_test_list, None)
+        frames: dict[str, list[int]] = {}  # of the test list, by trial
+        for trial, frame in self._believed(lambda: read_test_list(self.test_list), []) if self.test_list else []:
+            frames.setdefault(trial, []).append(frame)
+        sets["test"] = frames
+        names = Counter(name for trials in sets.values() for name in trials)
+        if not names and not self.faults:
             raise DataError(f"{challenge}: no annotation in Train_Set or Validation_Set, and no test list beside it; "
                             "unpack the official annotations there")
-        if twice := sorted(name for name, count in names.items() if count > 1):
-            raise DataError(f"{challenge}: trial {twice[0]} is in two of Train_Set, Validation_Set and the test list; "
-                            "keep it in one of them")
-        for name in names:
-            _check_name(challenge / name, name)
-        subjects = _read_subjects(self.root / "subjects.csv")
+        before = len(self.faults)
+        table = self.root / "subjects.csv"
+        subjects = self._believed(lambda: _read_subjects(table), {})
+        nobody = self.faults[before] if len(self.faults) > before else ""  # then nobody knows who belongs together
+        for name in sorted(subjects.keys() - names):
+            self._odd.append((str(table), "no such trial", f"subjects.csv names a trial {name} that is not there"))
         video = {name: self._video_name(name) for name in names}
-        groups = _components({name: (f"video {video[name][0]}", f"subject {subjects.get(name, name)}") for name in names})
+        groups = _components({name: (f"video {video[name][0]}", *(f"subject {subject}" for subject in sorted(subjects.get(name, {name}))))
+                              for name in names})
         carved = self._carve({groups[name] for name in sets["train"]}, dev_groups, calibration_groups, split_seed)
-        self._trials = [
-            Trial(name, carved.get(groups[name], split) if split == "train" else split, self.videos.get(video[name][0]),
-                  None if split == "test" else trials[name], video[name][1], subjects.get(name, name), groups[name],
-                  self.crops.get(name, [None])[0])
-            for split, trials in sets.items() for name in trials]
-        self._trials.sort(key=lambda trial: trial.id)
+        self.test_rows: dict[str, int] = {}  # test trial -> rows that a submission must hold
+        self._uneven: dict[str, str] = {}  # trial -> what is odd about its rows in the list
+        self._trials: list[Trial] = []
+        for name in sorted(names):
+            split = next(split for split, trials in sets.items() if name in trials)
+            own = self.crops.get(name, [])
+            crops = next((crops for crops in own if len(crops.numbers) or crops.fault), None)
+            unusable = _unprintable(challenge / name, name)
+            if not unusable and len(name.encode()) > _LONGEST:
+                unusable = f"{challenge}: trial {name[:40]!r}... has a name of more than {_LONGEST} bytes; shorten it, and that of its video"
+            faults = [
+                unusable, nobody, self._twice.get(video[name][0], ""),
+                f"{challenge}: trial {name} is in two of Train_Set, Validation_Set and the test list; keep it in one of them" if names[name] > 1 else "",
+                f"{table}: trial {name} is said to be {' and '.join(map(repr, sorted(subjects[name])[:2]))}; keep one of them"
+                if len(subjects.get(name, ())) > 1 else "",
+                crops.fault if crops else self._unread]
+            known = _stand_in(name) if unusable else name
+            if split == "test":
+                self.test_rows[known], self._uneven[known] = len(frames[name]), _uneven(frames[name])
+            self._trials.append(Trial(
+                known, carved.get(groups[name], split) if split == "train" else split, self.videos.get(video[name][0]),
+                None if split == "test" else sets[split][name], video[name][1], min(subjects.get(name, {known})), _printable(groups[name]), crops,
+                next(filter(None, faults), "")))
+        self.faults += [fault for name, fault in self._twice.items() if name not in {name for name, _ in video.values()}]
 
-    def _walk(self) -> tuple[dict[str, Path], dict[str, list[Crops]], Path]:
-        "All videos and all face pictures by name, and the folder of the annotations."
-        videos, folders, archives, challenges, seen = {}, [], [], [], set()
+    def _believed(self, read: Callable, instead):
+        "What can be read; something else, and a fault, when it cannot."
+        try:
+            return read()
+        except DataError as error:
+            self.faults.append(str(error))
+            return instead
+
+    def _walk(self) -> Path:
+        "Find all videos and all face pictures. Returns the folder of the annotations."
+        folders, archives, challenges, seen = [], [], [], set()
         for folder, inner, files in os.walk(self.root, followlinks=True):
             if (real := os.path.realpath(folder)) in seen:  # a link that leads back
                 inner.clear()
                 continue
             seen.add(real)
-            folders += [Path(folder, name) for name in sorted(inner) if name.startswith("cropped_aligned")]
-            archives += [Path(folder, name) for name in sorted(files) if name.startswith("cropped_aligned") and name.lower().endswith(".zip")]
-            inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX", "cropped")))
+            folders += [Path(folder, name) for name in sorted(inner) if name.lower().startswith("cropped_aligned")]
+            archives += [Path(folder, name) for name in sorted(files)
+                         if name.lower().startswith("cropped_aligned") and name.lower().endswith(".zip")]
+            inner[:] = sorted(name for name in inner if not name.lower().startswith((".", "__macosx", "cropped")))
             challenges += [Path(folder, name) for name in inner if name == "VA_Estimation_Challenge"]
             for path in (Path(folder, name) for name in sorted(files)):
                 if path.suffix.lower() in (".mp4", ".avi") and not path.name.startswith("."):
-                    _check_name(path, str(path.relative_to(self.root)))
-                    if path.stem in videos:
-                        raise DataError(f"{path}: {videos[path.stem]} has the same name, so a trial cannot tell "
-                                        "which is its video; remove one of them")
-                    videos[path.stem] = path
+                    other = self.videos.setdefault(path.stem, path)
+                    if fault := _unprintable(path, str(path.relative_to(self.root))):
+                        self._twice[path.stem] = fault
+                    elif os.path.realpath(other) != os.path.realpath(path):
+                        self._twice[path.stem] = f"{path}: {other} has the same name, so a trial cannot tell which is its video; remove one of them"
         if len(challenges) != 1:
             raise DataError(f"{self.root}: must hold one folder VA_Estimation_Challenge with Train_Set and Validation_Set in it, "
                             f"but holds {len(challenges)}; put the official annotations there once")
-        return videos, self._find_crops(folders, archives), challenges[0]
+        self._find_crops(folders, archives)
+        return challenges[0]
 
-    def _find_crops(self, folders: list[Path], archives: list[Path]) -> dict[str, list[Crops]]:
-        "Face pictures by trial; of several places the first is used, and a folder comes before an archive."
-        places: list[dict[str, list[Crops]]] = []
+    def _find_crops(self, folders: list[Path], archives: list[Path]) -> None:
+        "Face pictures by trial; of several places the first with pictures is used, and a folder comes before an archive."
+        self._crops_are_given, places, seen = bool(folders or archives), [], set()
         for folder in folders:
-            found, inside = _list_folder(folder)
+            found, inside = _list_folder(folder, seen)
             places.append(found)
             archives = archives + inside
+        before = len(self.faults)
         for archive in {os.path.realpath(archive): archive for archive in archives}.values():  # a link leads to the same one
-            try:
-                places.append(_list_archive(archive))
-            except DataError as error:
-                self.faults.append(str(error))
-        names = sorted({name for found in places for name in found})
-        return {name: [crops for found in places for crops in found.get(name, [])] for name in names}
+            places.append(self._believed(lambda: _list_archive(archive), {}))
+        self._unread = self.faults[before] if len(self.faults) > before else ""  # nobody knows whose faces are in it
+        for found in places:
+            for name, several in found.items():
+                self.crops.setdefault(name, []).extend(several)
 
     def _find_test_list(self) -> Path | None:
         found = []
         for path in sorted(self.root.glob("*.txt")):
-            with path.open(encoding="utf-8-sig", errors="replace") as lines:
-                if [name.strip() for name in lines.readline().split(",")] == _TEST_HEADER:
-                    found.append(path)
+            if path.is_file():
+                with path.open(encoding="utf-8-sig", errors="replace") as lines:
+                    if [name.strip() for name in lines.readline(1000).split(",")] == _TEST_HEADER:
+                        found.append(path)
         if len(found) > 1:
             raise DataError(f"{found[1]}: {found[0].name} is a test list as well; keep one of them")
         return found[0] if found else None
@@ -583,16 +767,14 @@ class Corpus:
         if dev + calibration and dev + calibration >= len(groups):
             raise DataError(f"{self.root}: {dev} groups for dev and {calibration} for calibration leave none of Train_Set's "
                             f"{len(groups)} for training; lower dev_groups or calibration_groups")
-        order = sorted(groups, key=lambda group: sha256(f"{seed} {group}".encode()).digest())
+        order = sorted(groups, key=lambda group: sha256(f"{seed} {group}".encode(errors="surrogateescape")).digest())
         return dict.fromkeys(order[:dev], "dev") | dict.fromkeys(order[dev : dev + calibration], "calibration")
 
     def trials(
         self,
         split: str = "all",  # one of `SPLITS`, or "all"
-    ) -> list[Trial]:  # sorted by name
-        "The trials of a split. An archive that cannot be believed raises `DataError`: nobody knows whose faces are in it."
-        if self.faults:
-            raise DataError(self.faults[0])
+    ) -> list[Trial]:  # sorted by name; those with a fault cannot be read
+        "The trials of a split."
         if split not in (*SPLITS, "all"):
             raise DataError(f"{split!r} is not a split; choose {', '.join(SPLITS)} or all")
         return [trial for trial in self._trials if split in (trial.split, "all")]
@@ -606,33 +788,47 @@ class Corpus:
         splits: dict[str, set] = {}
         for trial in self._trials:
             splits.setdefault(trial.group, set()).add("train" if trial.split in ("dev", "calibration") else trial.split)
-        within = lambda path: str(path).removeprefix(f"{self.root}/")
-        places = {name: [within(crops.source) for crops in found] for name, found in self.crops.items()}
-        tasks = [(trial, self.test_rows[trial.id], sorted(splits[trial.group]), places.get(trial.id, []), bool(places), look)
+        within = lambda path: _printable(str(path).removeprefix(f"{self.root}/"))
+        tasks = [(trial, self.test_rows.get(trial.id), self._uneven.get(trial.id), sorted(splits[trial.group]),
+                  [(within(crops.source), len(crops.numbers), crops.others) for crops in self.crops.get(trial.id, [])], self._crops_are_given, look)
                  for trial in self._trials]
         table = parallel_map(_check_trial, tasks, workers, "checking")
         used, known = {trial.video for trial in self._trials}, {trial.id for trial in self._trials}
-        idle = [(within(video), "no trial belongs to this video") for video in sorted(set(self.videos.values()) - used)]
-        idle += [(within(crops.source) + f" ({name})" * (crops.places is not None), "no trial belongs to these face pictures")
-                 for name, found in self.crops.items() if name not in known for crops in found]
-        table += [dict(trial="", split="", video=path, odd=[(kind, kind)], problem="") for path, kind in idle]
-        table += [dict(trial="", split="", video="", odd=[], problem=fault) for fault in self.faults]
+        odd = [(within(video), "no trial belongs to this video") for name, video in sorted(self.videos.items()) if video not in used]
+        faults = [("", fault) for fault in self.faults]
+        for name, crops in ((name, crops) for name, found in self.crops.items() if name not in known for crops in found):
+            place = within(crops.source) + f" ({name})" * (crops.places is not None)
+            if crops.fault:
+                faults.append((place, crops.fault))
+            elif len(crops.numbers):
+                odd.append((place, "no trial belongs to these face pictures"))
+            elif crops.others:
+                odd.append((place, "other files among face pictures"))
+        table += [dict(trial="", split="", video=place, odd=[(kind, kind)], problem="") for place, kind in odd]
+        table += [dict(trial="", split="", video=place, odd=[(kind, text)], problem="") for place, kind, text in self._odd]
+        table += [dict(trial="", split="", video=place, odd=[], problem=fault) for place, fault in faults]
         for row in table:
-            row["video"], row["oddities"] = within(row["video"]), "; ".join(text for _, text in row["odd"])
+            row["odd"] = [(kind, _printable(text)) for kind, text in row["odd"]]
+            row |= dict(video=within(row["video"]), problem=_printable(row["problem"]), oddities="; ".join(text for _, text in row["odd"]))
         return pd.DataFrame(table, columns=[*_COLUMNS, "oddities", "problem", "odd"]).astype(_COLUMNS)
 
 
 _COLUMNS = dict(trial=str, split=str, video=str, rows="Int64", frames="Int64", rate=float, seconds=float, labelled=float, faces=float,
                 sound_rate="Int64", channels="Int64")
 _USUAL_RATES = np.outer([24, 25, 30, 50, 60], [1, 1000 / 1001])
+_LONGEST = 200  # bytes of a trial's name: most systems allow 255 for that of a file, and suffixes come to it
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _check_trial(
-    task: tuple[Trial, int, list[str], list[str], bool, Callable[[Trial], str] | None],
+    task: tuple[Trial, int | None, str | None, list[str], list[tuple[str, int, int]], bool, Callable[[Trial], str] | None],
 ) -> dict:  # a row of the table; `odd`: pairs of a kind and a sentence
-    trial, rows, splits, places, crops_are_given, look = task
+    trial, rows, uneven, splits, places, crops_are_given, look = task
     row = dict(trial=trial.id, split=trial.split, video=str(trial.video or ""))
-    odd, problems = [], []
+    odd, problems = [], [trial.fault] if trial.fault else []
 
     def note(kind, text=None):
         odd.append((kind, text or kind))
@@ -647,11 +843,16 @@ def _check_trial(
         row |= dict(rows=rows)
     except DataError as error:
         problems.append(str(error))
+    if uneven:
+        note("uneven rows in the test list", f"of the rows in the test list, {uneven}")
     try:
-        info = video_info(video_of(trial))
+        info = video_info(trial.video or video_of(trial))
         row |= dict(frames=info.frames, rate=info.rate, seconds=info.duration, sound_rate=info.sound_rate, channels=info.channels)
         if surplus := row.get("rows", info.frames) - info.frames:
-            note("rows and pictures differ", f"{abs(surplus)} row{'s'[:abs(surplus) - 1]} {'more' if surplus > 0 else 'fewer'} than pictures")
+            much = abs(surplus) > max(30, info.frames // 100)
+            note(f"rows and pictures differ{' by far' * much}", f"{_number(abs(surplus), 'row')} {'more' if surplus > 0 else 'fewer'} than pictures")
+        if info.missing:
+            note("pictures missing", f"{info.missing} pictures that belong to the video are missing or cannot be decoded")
         if info.variable:
             note("variable frame rate")
         elif np.abs(_USUAL_RATES / info.rate - 1).min() > 0.002:
@@ -669,15 +870,21 @@ def _check_trial(
                 note(f"sound starts {when}", f"sound starts {abs(late):.2f} s {when}")
             if missing > max(0.5, 0.01 * info.duration):
                 note("sound ends early", f"sound ends {missing:.2f} s early")
+        used = [place for place, numbers, _ in places if numbers]
         if trial.crops is not None:
             length = max(row.get("rows", 0), info.frames)
             row |= dict(faces=(trial.crops.numbers <= info.frames).sum() / info.frames)
             if beyond := int((trial.crops.numbers > length).sum()):
-                note("face pictures beyond the end", f"{beyond} face picture{'s'[:beyond - 1]} beyond the last row and picture")
+                note("face pictures beyond the end", f"{_number(beyond, 'face picture')} beyond the last row and picture")
             if trial.crops.others:
                 note("other files among face pictures", f"{trial.crops.others} of the files among the face pictures are not <number>.jpg")
-            if len(places) > 1:
-                note("face pictures in several places", f"face pictures in {len(places)} places, of which {places[0]} is used")
+            if trial.crops.twice:
+                note("face pictures that come twice", f"{_number(trial.crops.twice, 'face picture')} there once more")
+            if len(used) > 1:
+                note("face pictures in several places", f"face pictures in {len(used)} places, of which {used[0]} is used")
+        elif others := sum(others for *_, others in places):
+            note("face pictures that cannot be used", f"{_number(others, 'file')} in {places[0][0]}, none of them <number>.jpg, "
+                                                      "so that a detector has to look for the face")
         elif crops_are_given:
             note("no face pictures", "no face pictures, so that a detector has to look for the face")
     except DataError as error:
@@ -690,7 +897,7 @@ def _check_trial(
                 note("seen by decoding", seen)
         except DataError as error:
             problems.append(str(error))
-    return row | dict(odd=odd, problem="; ".join(problems))
+    return row | dict(odd=odd, problem="; ".join(dict.fromkeys(problems)))
 
 # %% ../nbs/02_affwild2.ipynb #9afd55c8
 def _share(shares: pd.Series, counts: pd.Series) -> float:
@@ -723,6 +930,13 @@ def summarise(
     return pd.DataFrame(rows), pd.DataFrame([kinds[kind] for kind in sorted(kinds)], columns=["odd", *splits, "elsewhere", "example"])
 
 # %% ../nbs/02_affwild2.ipynb #1772bc63
+def _locations(
+    test_list: str | Path,  # the organisers' list
+) -> list[str]:  # `<trial>/00001.jpg` by row, as it is spelled there
+    lines = Path(test_list).read_text(encoding="utf-8-sig", errors="replace").splitlines()[1:]
+    return [match.string[: match.end("frame") + len(".jpg")] for match in map(_TEST_ROW.match, map(str.strip, lines)) if match]
+
+
 def write_submission(
     path: str | Path,  # the file to write
     test_list: str | Path | None,  # the organisers' list; None, as of a corpus without one, raises `DataError`
@@ -731,16 +945,61 @@ def write_submission(
     "Write predictions for the test set in the order of the organisers' list, cut to [-1, 1] with four decimals."
     if test_list is None:
         raise DataError(f"{path}: there is no list of what to submit; put the organisers' list, a .txt file, into the corpus' folder")
-    rows = read_test_list(test_list)
+    rows, cut = read_test_list(test_list), {}
     for trial in dict.fromkeys(trial for trial, _ in rows):
         va = np.asarray(predictions.get(trial, ()))
         if not len(va):
             raise DataError(f"{test_list}: no prediction for trial {trial}; predict every test trial first")
         if not np.isfinite(va).all():
             raise DataError(f"{test_list}: the prediction for trial {trial} is not finite; predict it again")
+        cut[trial] = va.clip(-1, 1).tolist()
     with whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         print(*_TEST_HEADER, sep=",", file=file)
-        for trial, frame in rows:
-            va = predictions[trial]
-            valence, arousal = np.clip(va[min(max(frame, 1), len(va)) - 1], -1, 1)
-            print(f"{trial}/{frame:05d}.jpg,{valence:.4f},{arousal:.4f}", file=file)
+        for location, (trial, frame) in zip(_locations(test_list), rows, strict=True):
+            valence, arousal = cut[trial][min(max(frame, 1), len(cut[trial])) - 1]
+            print(f"{location},{valence:.4f},{arousal:.4f}", file=file)
+
+# %% ../nbs/02_affwild2.ipynb #c18dc078
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+def check_submission(
+    path: str | Path,  # a submission file
+    test_list: str | Path,  # the organisers' list
+) -> int:  # its rows, all of them as asked for
+    "Compare a submission with the organisers' list. Whatever differs raises `DataError`."
+    read_test_list(test_list)
+    asked, content = _locations(test_list), b""
+    try:
+        content = Path(path).read_bytes()
+        header, *lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); write it first, with `sage-nb submit`") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {content.count(10, 0, error.start) + 1}: not UTF-8 text; write it again with `sage-nb submit`") from None
+    if header != ",".join(_TEST_HEADER):
+        raise DataError(f"{path}, line 1: {header[:40]!r} is not the header '{','.join(_TEST_HEADER)}'; write the file again with `sage-nb submit`")
+    open_rows, known, faults = Counter(asked), set(asked), {}  # what is still to come, what was asked for, kind -> [how often, first case]
+    given = [line.rsplit(",", 2) for line in lines]
+    for number, (location, *values) in enumerate(given, 2):
+        kinds = []
+        open_rows[location] -= 1
+        if location not in known:
+            kinds.append("that the list does not ask for")
+        elif open_rows[location] < 0:
+            kinds.append("too often")
+        if len(values) != 2 or not all(map(_NUMBER.fullmatch, values)):
+            kinds.append("without two finite numbers")
+        elif max(abs(float(value)) for value in values) > 1:
+            kinds.append("with a value outside of [-1, 1]")
+        for kind in kinds:
+            faults.setdefault(kind, [0, f"in line {number}, {lines[number - 2][:60]!r}"])[0] += 1
+    if missing := +open_rows:
+        faults = {"missing": [missing.total(), f"{next(location for location in asked if missing[location])!r}"]} | faults
+    differences = [f"{count} row{'s'[: count != 1]} {kind} (first {case})" for kind, (count, case) in faults.items()]
+    if not differences and (found := [location for location, *_ in given]) != asked:
+        line = next(number for number, pair in enumerate(zip(found, asked)) if pair[0] != pair[1])
+        differences = [f"rows in another order (first in line {line + 2}, {found[line][:60]!r} where {asked[line]!r} belongs)"]
+    if differences:
+        raise DataError(f"{path}: differs from {test_list} by {', '.join(differences)}; write it again with `sage-nb submit`")
+    return len(given)

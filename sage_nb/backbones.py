@@ -141,7 +141,7 @@ def _reached(
     moments: np.ndarray,  # [T] seconds
 ) -> np.ndarray:  # [T] bool
     slack = EMBEDDING_STEP / 2
-    return (moments >= -slack) & (moments <= len(sound) / AUDIO_RATE + slack)
+    return (len(sound) > 0) & (moments >= -slack) & (moments <= len(sound) / AUDIO_RATE + slack)
 
 
 def _check_window(name: str, window: float | None, centre: float) -> None:
@@ -466,6 +466,7 @@ def load_encoder(
             encoder = build_encoder(kind, name, **options)
         case _:
             held = meta.get("encoder", "no") if isinstance(meta, dict) else "no"
-            raise DataError(f"{path}: holds {held} encoder weights, not {kind}; give a file that stage pretrain or install_encoder wrote")
+            fault = f"holds {held} encoder weights, not {kind}" if held != kind else f"does not say which {kind} encoder its weights are for"
+            raise DataError(f"{path}: {fault}; give a file that stage pretrain or install_encoder wrote")
     fit_weights(encoder, {k: torch.from_numpy(v) for k, v in arrays.items()}, path, f"{kind} encoder {name}")
     return encoder.eval().requires_grad_(False)

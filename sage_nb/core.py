@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #02a0d0f2
 from __future__ import annotations
-import hashlib, json, math, os, shutil, signal, struct, sys, tempfile, time
+import hashlib, json, math, os, shutil, signal, struct, sys, tempfile, time, uuid
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def whole(
     "Give a temporary path beside `path`; rename it to `path` at the end, remove it on an error. An existing folder is replaced."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part{path.suffix}")  # processes on many machines may try
     try:
         yield temporary
         if temporary.is_dir() and path.exists():
@@ -91,6 +91,9 @@ class Rows:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __del__(self):
+        self._file.close()
 
     def put(
         self,

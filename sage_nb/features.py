@@ -4,9 +4,10 @@
 
 # %% ../nbs/09_features.ipynb #1f45b1c0
 from __future__ import annotations
-import sys
+import os, sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.ndimage import gaussian_filter1d
@@ -21,6 +22,11 @@ __all__ = ['CUES', 'CUE_OWNERS', 'each_trial', 'prepare_corpus', 'read_prepared'
            'encode_pictures', 'encode_trial', 'load_encoders', 'encode_corpus', 'load_sequences', 'load_sequence']
 
 # %% ../nbs/09_features.ipynb #8f45c470
+def _from(folder: str, function: Callable, task: tuple) -> None:
+    os.chdir(folder)  # paths in a task may be relative, and a worker was started somewhere else
+    function(task)
+
+
 def each_trial(
     function: Callable,  # importable, of one task; it writes one file, whole, or raises `DataError`
     tasks: dict[str, tuple],  # trial -> task
@@ -31,7 +37,7 @@ def each_trial(
     skip_broken: bool = False,  # whether trials that cannot be read are left out; otherwise they raise `DataError` when all others are done
 ) -> set[str]:  # the trials that were left out
     "Do something to every trial, and tell which ones it could not be done to."
-    done = parallel_map(function, tasks.values(), workers, title, scheduler, keep_going=True)
+    done = parallel_map(partial(_from, os.getcwd(), function) if scheduler else function, tasks.values(), workers, title, scheduler, keep_going=True)
     broken = {trial: str(error) for trial, error in zip(tasks, done) if isinstance(error, DataError)}
     (report := Path(folder) / "broken.json").unlink(missing_ok=True)
     if broken:
@@ -43,14 +49,14 @@ def each_trial(
     return set(broken)
 
 
-def _prepare(task: tuple[Trial, Path, int, str | None, int]) -> None:
-    trial, folder, detect_every, face_model, crop_size = task
+def _prepare(task: tuple[Trial, Path, int, dict]) -> None:
+    trial, folder, crop_size, search = task
     path = folder / f"{trial.id}.safetensors"
     if path.exists():
         return
     cv2.setNumThreads(1)  # there is a process a core
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = read_trial(trial, crop_size, detect_every, face_model=face_model, scratch=folder)
+    arrays = read_trial(trial, crop_size, scratch=folder, **search)
     meta = {"sound_start": float(arrays.pop("sound_start")), "has_sound": bool(arrays.pop("has_sound"))}
     write_arrays(path, arrays, meta)
 
@@ -61,6 +67,8 @@ def prepare_corpus(
     detect_every: int = 5,  # frames between face detections
     workers: int = 0,  # processes; 0 = one a core
     face_model: str | None = None,  # a YuNet file that finds the faces; default: the cascade
+    several_faces: bool | None = None,  # as in `media.face_finder`
+    smallest_face: float = 0.2,  # as in `media.face_finder`
     crop_size: int = 48,  # side of the face crops, pixels
     scheduler: str | None = None,  # as in `each_trial`
     skip_broken: bool = False,  # as in `each_trial`
@@ -68,7 +76,8 @@ def prepare_corpus(
     "Decode every trial of a corpus into `folder` and write its index."
     folder = Path(folder)
     trials = {trial.id: trial for trial in corpus.trials("all")}
-    tasks = {name: (trial, folder, detect_every, face_model, crop_size) for name, trial in trials.items()}
+    search = dict(detect_every=detect_every, face_model=face_model, several_faces=several_faces, smallest_face=smallest_face)
+    tasks = {name: (trial, folder, crop_size, search) for name, trial in trials.items()}
     broken = each_trial(_prepare, tasks, folder, "decoding", workers, scheduler, skip_broken)
     index = {name: dict(split=t.split, group=t.group, subject=t.subject) for name, t in trials.items() if name not in broken}
     write_json(folder / "index.json", index)

@@ -12,13 +12,13 @@ import av
 import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from .affwild2 import (Clock, Crops, Trial, check_complete, open_video, read_annotation, read_crop_files, reconcile, sound_track,
-                              stores_no_times, video_info, video_of)
+from .affwild2 import (Clock, Crops, Trial, check_complete, open_video, orientation, picture_track, read_annotation, read_crop_files, reconcile,
+                              shown_at, sound_track, stores_no_times, video_info, video_of)
 from .core import DataError, Rows
 
 # %% auto #0
-__all__ = ['Frame', 'read_frames', 'Sound', 'read_sound', 'Cascade', 'YuNet', 'Face', 'FaceFinder', 'crop_face', 'read_crops',
-           'whole_box', 'read_trial', 'look_closely']
+__all__ = ['Frame', 'read_frames', 'Sound', 'read_sound', 'Cascade', 'YuNet', 'Face', 'FaceFinder', 'face_finder', 'crop_face',
+           'read_crops', 'whole_box', 'read_trial', 'look_closely']
 
 # %% ../nbs/03_media.ipynb #d6c93723
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_frames(
 ) -> Iterator[Frame]:  # in the order of presentation, decoded one by one
     "Decode a video. A damaged or truncated file raises `DataError` at the picture where it stops."
     with open_video(path) as container:
-        stream = container.streams.video[0]
+        stream = picture_track(container)
         clock, to_rgb = Clock(stream), VideoReformatter()
         ordered, stamps = stores_no_times(container), deque()
         number, hidden, last = 0, 0, None
@@ -42,14 +42,19 @@ def read_frames(
             for packet in container.demux(stream):
                 if packet.size:
                     last, hidden = packet.dts, hidden + packet.is_discard
-                    stamps.append(last)
+                    if ordered or not (number or packet.is_discard):
+                        stamps.append(shown_at(packet))
                 for picture in packet.decode():
+                    if not number and picture.pts is not None:  # packets before it cannot be decoded
+                        early = [stamp for stamp in stamps if stamp is not None and stamp < picture.pts]
+                        hidden, stamps = hidden + len(early), deque(stamp for stamp in stamps if stamp not in early)
                     in_order = stamps.popleft() if stamps else None
                     time = clock(in_order if ordered else picture.pts)
                     number += 1
                     image = to_rgb.reformat(picture, format="rgb24").to_ndarray()
-                    if picture.rotation % 360:
-                        image = np.ascontiguousarray(np.rot90(image, round(picture.rotation / 90)))
+                    mirrored, turned = orientation(picture)
+                    if mirrored or turned:
+                        image = np.ascontiguousarray(np.rot90(image[:, ::-1] if mirrored else image, turned // 90))
                     yield Frame(number, time, image)
         except av.FFmpegError as error:
             raise DataError(f"{path}: decoding stops after picture {number} ({error.strerror}); copy the file again") from None
@@ -82,6 +87,7 @@ class Sound:
         return np.maximum.accumulate(self.spans[:, 1])  # spans may overlap where stamps are wrong
 
 
+_RUN_IN = {"mp3": 1105, "ac3": 256}  # samples that come before the first true one
 _LONGEST = 4 * 3600  # seconds of sound; damaged stamps can ask for more than there is memory
 
 
@@ -105,9 +111,10 @@ def read_sound(
         track = sound_track(container)
         if track is None:
             return None
+        run_in = _RUN_IN.get(track.codec_context.codec.canonical_name, 0) / track.sample_rate if stores_no_times(container) else 0.0
         try:
             for chunk in container.decode(track):
-                time = begin + heard if chunk.pts is None else float(chunk.pts * chunk.time_base)
+                time = begin + heard if chunk.pts is None else float(chunk.pts * chunk.time_base) - run_in
                 new_kind = (chunk.format.name, chunk.layout.name, chunk.sample_rate)
                 if new_kind != kind or abs(time - begin - heard) > 0.01:
                     if resampler is not None:
@@ -142,9 +149,11 @@ def read_sound(
 class Cascade:
     "OpenCV's frontal-face cascade."
 
-    side = 120  # it sees the picture with its shorter side at so many pixels
-
-    def __init__(self):
+    def __init__(
+        self,
+        side: int = 120,  # it sees the picture with its shorter side at so many pixels, and in that faces of 20 pixels or more
+    ):
+        self.side = side
         self._cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
 
     def __call__(
@@ -280,9 +289,8 @@ class _Track:
 class FaceFinder:
     "Finds one person's face, picture after picture; call it with every picture of a video in order."
 
-    tracking_side = 60  # faces are followed in the picture with its shorter side at so many pixels
-    smallest = 0.2  # least face width, in shorter sides of the picture
     patience = 30  # pictures without the face after which one elsewhere, over a box width away, is taken for it
+    doubt = 3  # detections on the wrong side of others, in a row, after which the face is let go
 
     def __init__(
         self,
@@ -290,11 +298,17 @@ class FaceFinder:
         side: str | None = None,  # "left" or "right" of two people; None: one person
         detector: Callable | None = None,  # called like `Cascade`; default: that
         several: bool = False,  # whether other faces are followed as well, and not taken for this one
+        smallest: float = 0.2,  # least face width, in shorter sides of the picture
     ):
         if detect_every < 1:
             raise DataError(f"detect_every is {detect_every}, but must be 1 (detect in every picture) or more; change it")
-        self.detect_every, self.side, self.detector, self.several = detect_every, side, detector or Cascade(), several
+        if not 0.02 <= smallest <= 1:
+            raise DataError(f"smallest_face is {smallest}, but must be in [0.02, 1], a share of the picture's shorter side; change it")
+        self.detect_every, self.side, self.several, self.smallest = detect_every, side, several, smallest
+        self.detector = detector or Cascade(max(120, round(24 / smallest)))
+        self._tracking_side = max(60, round(12 / smallest))  # faces are followed in the picture with its shorter side at so many pixels
         self._person, self._others = _Track(), []
+        self._astray = 0  # detections in a row that saw the face on the wrong side of others
         self._interval, self._pause = 1, 0  # pictures between detections, and until the next
 
     def __call__(
@@ -303,37 +317,52 @@ class FaceFinder:
     ) -> Face:
         "Find the face in the next picture."
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-        scale = self.tracking_side / min(grey.shape)
+        scale = self._tracking_side / min(grey.shape)
         small = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        person = self._person
-        score = person.follow(small, scale)
+        score = self._person.follow(small, scale)
         for other in self._others:
             other.seen(other.follow(small, scale) > 0)
-        if person.found and not score:  # just lost: look at once
+        if self._person.found and not score:  # just lost: look at once
             self._interval, self._pause = 1, 0
         if self._pause == 0:
-            score = self._detect(image, small, scale, followed=score > 0) or score
+            score = self._detect(image, small, scale, score)
             self._pause = self._interval = self.detect_every if score else min(2 * self._interval, self.detect_every)
         self._pause -= 1
+        person = self._person
         person.seen(score > 0)
         gone = person.missing >= 10 * self.patience  # then even a bystander may be the one
         self._others = [other for other in self._others if other.missing < self.patience and not gone]
         return Face(True, tuple(person.box.tolist()), score) if person.found else _NO_FACE
 
-    def _detect(self, image: np.ndarray, small: np.ndarray, scale: float, followed: bool) -> float:
-        "Detect; on success move the track and give the score. A face that is being followed is only corrected, by a detection close to it."
-        person, width = self._person, image.shape[1]
+    def _border(self, middles: np.ndarray, width: int) -> float:
+        "What lies between left and right, given where faces are [N]; those of others are known."
+        known = np.r_[middles, [other.box[0] + other.box[2] / 2 for other in self._others]]
+        return (known.min() + known.max()) / 2 if len(known) > 1 else width / 2
+
+    def _is_astray(self, boxes: np.ndarray, width: int) -> bool:
+        "Whether the face that is followed has been detected on the wrong side of others too often."
+        here = self._person.away(boxes) < 0.5
+        if self.side and here.any() and not here.all():
+            middles = boxes[:, 0] + boxes[:, 2] / 2
+            is_left = middles[here].mean() < self._border(middles, width)
+            self._astray = 0 if is_left == (self.side == "left") else self._astray + 1
+        return self._astray >= self.doubt
+
+    def _detect(self, image: np.ndarray, small: np.ndarray, scale: float, score: float) -> float:
+        "Detect; on success move the track and give the score, else `score`. A face that is followed (`score` > 0) is only corrected, by a detection close to it."
+        person, width, followed = self._person, image.shape[1], score > 0
         least, most = self.smallest * min(image.shape[:2]), np.inf
         if followed and not self.several:  # only what could be this face: faster, and fewer false alarms
             least, most = 0.7 * person.box[2], 1.4 * person.box[2]
         boxes, scores = self.detector(image, least, most)
+        if followed and self._is_astray(boxes, width):
+            person = self._person = _Track()
+            self._others, self._astray, followed, score = [], 0, False, 0.0
         mine = self._not_of_others(boxes, small, scale, followed)
         allowed = mine.copy()
         if self.side and len(boxes) and not followed:
             middles = boxes[:, 0] + boxes[:, 2] / 2
-            known = np.r_[middles, [other.box[0] + other.box[2] / 2 for other in self._others]]
-            border = (known.min() + known.max()) / 2 if len(known) > 1 else width / 2
-            allowed &= middles < border if self.side == "left" else middles >= border
+            allowed &= (middles < self._border(middles, width)) == (self.side == "left")
         away = np.zeros(len(boxes))
         if person.box is not None:
             away = person.away(boxes)
@@ -349,7 +378,7 @@ class FaceFinder:
                     other = _Track()
                     if other.take(boxes[index], small, scale, followed=False):
                         self._others.append(other)
-        return 0.0 if chosen is None else float(scores[chosen])
+        return score if chosen is None else float(scores[chosen])
 
     def _not_of_others(self, boxes: np.ndarray, small: np.ndarray, scale: float, followed: bool) -> np.ndarray:
         "[N] bool: which boxes belong to none of the other faces; these are corrected by theirs."
@@ -365,6 +394,18 @@ class FaceFinder:
         return free
 
 # %% ../nbs/03_media.ipynb #4628af47
+def face_finder(
+    side: str | None = None,  # "left" or "right" of two people; None: one person
+    detect_every: int = 5,  # pictures between two face detections
+    face_model: str | Path | None = None,  # a YuNet file, which then detects; None: the cascade
+    several_faces: bool | None = None,  # whether other faces are followed as well; None: with a YuNet only
+    smallest_face: float = 0.2,  # least face width, in shorter sides of the picture
+) -> FaceFinder:
+    "The finder that `read_trial` uses, from what can be said in params.yaml."
+    detector = YuNet(face_model) if face_model else None
+    return FaceFinder(detect_every, side, detector, bool(face_model) if several_faces is None else several_faces, smallest_face)
+
+
 def crop_face(
     image: np.ndarray,  # [H, W, 3] uint8
     box: tuple[float, float, float, float],  # x, y, width, height in pixels
@@ -389,12 +430,38 @@ _SIDE = 4096  # pixels; no picture of a face has a longer side
 
 def _jpg_side(content: bytes) -> int:
     "The longer side of a jpg in pixels as its header has it; 0 if there is no header, or no end."
-    at, end = 2, content.rstrip(b"\0")[-2:]
-    while content[:2] == b"\xff\xd8" and end == b"\xff\xd9" and content[at : at + 1] == b"\xff" and at + 9 <= len(content):
-        if 0xC0 <= content[at + 1] <= 0xCF and content[at + 1] not in (0xC4, 0xC8, 0xCC):  # a frame header
-            return max(int.from_bytes(content[at + 5 : at + 7]), int.from_bytes(content[at + 7 : at + 9]))
+    at, side = 2, 0
+    while content[:2] == b"\xff\xd8" and content[at : at + 1] == b"\xff" and at + 9 <= len(content):
+        kind = content[at + 1]
+        if kind == 0xFF:  # a marker may be preceded by any number of these
+            at += 1
+            continue
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame header
+            side = max(int.from_bytes(content[at + 5 : at + 7]), int.from_bytes(content[at + 7 : at + 9]))
+        if kind == 0xDA:  # here the picture begins
+            return side if b"\xff\xd9" in content[at:] else 0
         at += 2 + int.from_bytes(content[at + 2 : at + 4])
     return 0
+
+
+def _decode_jpg(content: bytes) -> np.ndarray | None:  # [H, W, 3] uint8, RGB; None: damaged, or too large
+    if not 0 < _jpg_side(content) <= _SIDE:
+        return None
+    decoder = av.CodecContext.create("mjpeg", "r")
+    decoder.options, decoder.thread_count = {"err_detect": "explode+crccheck+bitstream+buffer"}, 1
+    try:
+        pictures = [picture for packet in (av.Packet(content), None) for picture in decoder.decode(packet)]
+    except av.FFmpegError:
+        return None
+    if not pictures:
+        return None
+    if not pictures[0].format.name.startswith("yuvj"):
+        return pictures[0].to_ndarray(format="rgb24")
+    luma, blue, red = (np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width] for plane in pictures[0].planes)
+    height, width = luma.shape  # FFmpeg's scaler would put colours half a pixel aside: in a jpg they are known between pixels, not on them
+    larger = [-(-length // known) for length, known in zip(luma.shape, blue.shape)]
+    red, blue = (cv2.resize(colour, None, fx=larger[1], fy=larger[0])[:height, :width] for colour in (red, blue))
+    return cv2.cvtColor(cv2.merge([luma, red, blue]), cv2.COLOR_YCrCb2RGB)
 
 
 def read_crops(
@@ -405,12 +472,10 @@ def read_crops(
     for number, content in read_crop_files(crops):
         if most is not None and number > most:
             return
-        side = _jpg_side(content)
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if 0 < side <= _SIDE else None
-        if image is None:
+        if (image := _decode_jpg(content)) is None:
             raise DataError(f"{crops.source}: {number:05d}.jpg is no complete jpg picture of at most {_SIDE} pixels a side; "
                             "take the organisers' file again")
-        yield Frame(number, np.nan, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+        yield Frame(number, np.nan, image)
 
 
 def whole_box(
@@ -425,7 +490,9 @@ def read_trial(
     size: int = 48,  # side of the face crops in pixels
     detect_every: int = 5,  # pictures between two face detections
     rate: int = 16000,  # samples per second of the sound
-    face_model: str | Path | None = None,  # a YuNet file, which then detects, and several faces are followed; None: the cascade
+    face_model: str | Path | None = None,  # this and the next two as in `face_finder`
+    several_faces: bool | None = None,
+    smallest_face: float = 0.2,
     scratch: str | Path | None = None,  # a folder: crops and sound, which grow with the video, are `Rows` on its disk; None: arrays
 ) -> dict[str, np.ndarray | Rows]:  # arrays by name, see below
     """One trial from its files, by original frame number. T = max(annotation rows, pictures).
@@ -446,7 +513,7 @@ def read_trial(
         seen.append((frame.number - 1, box, score))
 
     if trial.crops is None:
-        finder = FaceFinder(detect_every, trial.side, YuNet(face_model) if face_model else None, several=bool(face_model))
+        finder = face_finder(trial.side, detect_every, face_model, several_faces, smallest_face)
         times = []
         for frame in read_frames(video):
             times.append(frame.time)
@@ -478,7 +545,7 @@ def read_trial(
 def look_closely(
     trial: Trial,
 ) -> str:  # an oddity, or ""
-    "Decode all pictures, sound and face pictures of a trial. What cannot be decoded raises `DataError`."
+    "Decode all pictures, sound and face pictures of a trial. What cannot be decoded raises `DataError`; so do given faces whose times cannot be known."
     video = video_of(trial)
     expected = video_info(video)
     frames = sum(1 for _ in read_frames(video))
@@ -487,6 +554,9 @@ def look_closely(
         for _ in read_crops(trial.crops):
             pass
     if frames != expected.frames:
+        if trial.crops is not None:
+            raise DataError(f"{video}: {frames} pictures decode of {expected.frames} in the container, so nobody knows when those of the given faces were "
+                            "shown; copy the file again, or convert it")
         return f"{frames} pictures decode of {expected.frames} in the container"
     if expected.has_sound and sound is None:
         return "a sound track without sound"

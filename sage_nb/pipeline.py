@@ -52,13 +52,14 @@ def read_stages(
         if entry["cmd"].split()[-2:] != ["run", stage]:
             continue
         [notebook] = [dep for dep in entry["deps"] if dep.endswith(".ipynb")]
-        outs = {}
+        outs, cached = {}, []
         for out in entry["outs"]:
-            out = next(iter(out)) if isinstance(out, dict) else out
+            out, about = next(iter(out.items())) if isinstance(out, dict) else (out, {})
             name, rest = re.fullmatch(r"\$\{paths\.(\w+)\}/?(.*)", out).groups()
             outs[fill(out)] = (name, rest)
-        stages[stage] = dict(notebook=notebook, deps=[fill(dep) for dep in entry["deps"]], outs=outs,
-                             cached=[fill(out) for out in entry["outs"] if isinstance(out, str)], apart=entry.get("meta", {}).get("apart", False))
+            cached += [fill(out)] * about.get("cache", True)
+        stages[stage] = dict(notebook=notebook, deps=[fill(dep) for dep in entry["deps"]], outs=outs, cached=cached,
+                             apart=entry.get("meta", {}).get("apart", False))
     return stages
 
 # %% ../nbs/22_pipeline.ipynb #582efa70
@@ -117,9 +118,23 @@ def is_sample(
     root: Path,
     paths: dict[str, str],  # section `paths` of params.yaml
 ) -> bool:
-    "Whether every corpus that is read is one that `sage-nb sample` made: its folder, links resolved, lies beside `sample.json`."
+    "Whether every corpus that is read is one that `sage-nb sample` made: its folder, links resolved, lies beside `sample.json`, and nothing else was put into it."
     folders = {name: (root / paths[name]).resolve() for name in ("corpus", "pretrain") if name in paths}
-    return all(folder.name == name and (folder.parent / "sample.json").is_file() for name, folder in folders.items())
+    return all(folder.name == name and (folder.parent / "sample.json").is_file() and not _holds_others(folder) for name, folder in folders.items())
+
+
+_SAMPLE_NAME = re.compile(r"(pre|tra|val|tes)\d{3,}(_left|_right)?\.(mp4|avi|txt)")
+
+
+def _holds_others(folder: Path) -> bool:
+    "Whether there is a video or an annotation that is not named as a sample's, a face picture, or an archive."
+    for here, _, names in os.walk(folder, followlinks=True):
+        kinds = (".mp4", ".avi", *[".txt"] * here.endswith("_Set"))
+        for name in names:
+            kind = Path(name).suffix.lower()
+            if kind in (".jpg", ".zip") or kind in kinds and not _SAMPLE_NAME.fullmatch(name):
+                return True
+    return False
 
 
 def _check_results(root: Path, results: str) -> None:
@@ -309,6 +324,14 @@ class PeakMemory(threading.Thread):
         self.join()
 
 # %% ../nbs/22_pipeline.ipynb #effaea57
+def _corpora(
+    record: dict,  # from `provenance`
+) -> set[tuple[str, str]]:  # name and path, of the corpora behind it
+    made_by = (value["made_by"] for value in record["inputs"].values() if "made_by" in value)
+    own = {(name, path) for name, path in record["parameters"].items() if name in ("corpus", "pretrain")}
+    return own.union(*map(_corpora, made_by))
+
+
 def run_stage(
     root: Path,
     stage: str,
@@ -324,6 +347,8 @@ def run_stage(
         return provenance(root, stage, entry["deps"], stage_parameters(root, stage, notebook))
 
     before = record()
+    if set(entry["outs"]) - set(entry["cached"]) and not all(is_sample(root, {name: path}) for name, path in _corpora(before)):
+        _check_results(root, read_params(root)["paths"]["results"])
     listed = {Path(dep).stem for dep in entry["deps"] if dep.startswith("sage_nb/")}
     if listed != (imported := import_closure(notebook, root / "sage_nb")):
         names = ", ".join(f"sage_nb/{name}.py" for name in sorted(listed ^ imported))

@@ -10,11 +10,11 @@ from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.signal import lfilter
 from .affwild2 import Corpus, Trial, video_of
-from .core import DataError, Rows, StoredRows, parallel_map, read_arrays, read_json, write_arrays, write_json
+from .core import DataError, Rows, StoredRows, read_arrays, read_json, write_arrays, write_json
 from .corruption import FAMILIES, corrupt_picture, corrupt_sound, plan_stretches, seeded, stretch_of
 from .encoders import AUDIO_RATE, embed_sound, sound_level
-from .features import encode_pictures, encode_trial, load_encoders, observation_cues, read_prepared
-from .media import FaceFinder, crop_face, read_crops, read_frames, whole_box
+from .features import each_trial, encode_pictures, encode_trial, load_encoders, observation_cues, read_prepared
+from .media import crop_face, face_finder, read_crops, read_frames, whole_box
 
 # %% auto #0
 __all__ = ['encode_corrupted', 'encode_copies']
@@ -51,13 +51,13 @@ def _with_changes(crops: StoredRows, seen: np.ndarray, changed: np.ndarray, inst
 
 
 def _look_again(
-    trial: Trial, data: dict, wanted: list[tuple[str, int]], stretches: dict[str, np.ndarray], seed: int, scratch: Path
+    trial: Trial, data: dict, wanted: list[tuple[str, int]], stretches: dict[str, np.ndarray], seed: int, scratch: Path, **search
 ) -> Iterator[tuple[tuple[str, int], dict]]:  # condition and what it makes of `data`: crops, visual_ok, score; frames that changed [K], their crops
-    "See a video under all visual conditions."
+    "See a video under all visual conditions; `search` as in `face_finder`."
     ok, size, given = data["visual_ok"], data["crops"].shape[1], trial.crops is not None
     last = np.maximum.accumulate(np.where(ok, np.arange(len(ok)), ok.argmax()))  # frame in which the face was last seen
     inside = {family: stretch_of(data["time"], stretches[family]) for family, _ in wanted}
-    finders = {family: FaceFinder(side=trial.side) for family, severity in wanted if severity == 3}
+    finders = {family: face_finder(trial.side, **search) for family, severity in wanted if severity == 3}
     found = {condition: (ok.copy(), data["score"].copy(), [], Rows((size, size, 3), np.uint8, scratch)) for condition in wanted}
     for frame in read_crops(trial.crops, len(ok)) if given else read_frames(video_of(trial)):
         t, whole = frame.number - 1, whole_box(frame.image)
@@ -96,8 +96,8 @@ def _encode_sound(net: torch.nn.Module, clean: dict, data: dict, samples: np.nda
     return dict(audio=audio, audio_ok=clean["audio_ok"], cues=observation_cues({**data, "sound": samples}))
 
 
-def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int]) -> None:
-    trial, others, prepared, encoders, store, folder, seed = task
+def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int, dict]) -> None:
+    trial, others, prepared, encoders, store, folder, seed, search = task
     paths = {(family, severity): folder / f"{family}-{severity}" / f"{trial.id}.safetensors"
              for family, about in FAMILIES.items() if about.level == "media" for severity in (1, 2, 3)}
     wanted = [condition for condition, path in paths.items() if not path.exists()]
@@ -115,7 +115,7 @@ def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int]) -> None:
     visual, audio = ([c for c in wanted if FAMILIES[c[0]].modality == modality] for modality in ("visual", "audio"))
     if visual:
         folder.mkdir(parents=True, exist_ok=True)
-        for condition, seen in _look_again(trial, data, visual, stretches, seed, folder):
+        for condition, seen in _look_again(trial, data, visual, stretches, seed, folder, **search):
             write(condition, _encode_pictures(see, clean, data, seen))
     voices = []
     if any(family == "babble" for family, _ in audio) and data["has_sound"]:
@@ -137,23 +137,28 @@ def encode_corrupted(
     folder: str | Path,  # receives <family>-<severity>/<trial>.safetensors; those already there are kept
     split: str = "validation",
     seed: int = 0,  # decides stretches, objects, noises and voices
+    detect_every: int = 5,  # this and the next three as in `media.face_finder`, and as the trials were prepared
+    face_model: str | None = None,
+    several_faces: bool | None = None,
+    smallest_face: float = 0.2,
     workers: int = 0,  # processes; 0 = one a core
     scheduler: str | None = None,  # address of a Dask scheduler, whose workers do it instead
 ) -> None:
     "Encode every trial of a split under every media family and severity. A folder made otherwise, and a trial without a video, raise `DataError`."
     prepared, store, folder = Path(prepared), Path(store), Path(folder)
-    about = dict(seed=seed, strengths={family: list(f.strengths) for family, f in FAMILIES.items() if f.level == "media"})
+    search = dict(detect_every=detect_every, face_model=face_model, several_faces=several_faces, smallest_face=smallest_face)
+    about = dict(seed=seed, faces=search, strengths={family: list(f.strengths) for family, f in FAMILIES.items() if f.level == "media"})
     if (folder / "suite.json").is_file() and read_json(folder / "suite.json") != about:
-        raise DataError(f"{folder}: holds a suite of another seed or strength; remove it, or name another folder")
+        raise DataError(f"{folder}: holds a suite of another seed, strength or search for faces; remove it, or name another folder")
     index, trials = read_json(store / "index.json"), {trial.id: trial for trial in corpus.trials("all")}
     names = [name for name in sorted(index) if index[name]["split"] == split]
     if not names or not set(names) <= set(trials):
         raise DataError(f"{store}: no trial of split {split!r} that is in the corpus; give the corpus and the split that were encoded")
     heard = [name for name in names if read_arrays(prepared / f"{name}.safetensors", [])[1]["has_sound"]]
     write_json(folder / "suite.json", about)
-    tasks = [(trials[name], [other for other in heard if index[other]["group"] != index[name]["group"]],
-              prepared, Path(encoders), store, folder, seed) for name in names]
-    parallel_map(_encode, tasks, workers, "corrupting", scheduler)
+    tasks = {name: (trials[name], [other for other in heard if index[other]["group"] != index[name]["group"]],
+                    prepared, Path(encoders), store, folder, seed, search) for name in names}
+    each_trial(_encode, tasks, folder, "corrupting", workers, scheduler)
 
 # %% ../nbs/25_suite.ipynb #bd0250c4
 def _corrupt_faces(
@@ -308,5 +313,5 @@ def encode_copies(
         return [c for c in candidates if index[c]["split"] == index[name]["split"] and index[c]["group"] != index[name]["group"]]
 
     write_json(about, dict(seed=seed))
-    tasks = [(name, index[name], others(name, faces), others(name, voices), prepared, Path(encoders), store, seed) for name in names]
-    parallel_map(_encode_copy, tasks, workers, "copying", scheduler)
+    tasks = {name: (name, index[name], others(name, faces), others(name, voices), prepared, Path(encoders), store, seed) for name in names}
+    each_trial(_encode_copy, tasks, about.parent, "copying", workers, scheduler)

@@ -5,6 +5,7 @@
 # %% ../nbs/13_windows.ipynb #61a1ff3d
 from __future__ import annotations
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ class Batch(NamedTuple):
     va: Tensor  # [B, T, 2]
     valid: Tensor  # [B, T] bool, labelled
     corrupted: Tensor  # [B, T, 2] bool, where sight or sound was corrupted on purpose
-    copy: Batch | None = None  # the same windows of the sequences' copies, if all have one
+    copy: Batch | None = None  # the same windows of the sequences' copies, if any has one; a sequence without is its own, corrupted nowhere
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -119,8 +120,11 @@ def collate(
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     values = {field: padded(field) for field in Batch._fields if field not in ("mask", "corrupted", "copy")}
     corrupted = torch.zeros(*mask.shape, 2, dtype=torch.bool) if sequences[0].corrupted is None else padded("corrupted")
-    copies = [s.copy for s in sequences]
-    return Batch(mask=mask, corrupted=corrupted, copy=None if None in copies else collate(copies, windows, window), **values)
+    copy = None
+    if any(s.copy is not None for s in sequences):
+        copies = [replace(s, corrupted=np.zeros((len(s), 2), bool)) if s.copy is None else s.copy for s in sequences]
+        copy = collate(copies, windows, window)
+    return Batch(mask=mask, corrupted=corrupted, copy=copy, **values)
 
 # %% ../nbs/13_windows.ipynb #b2ba7497
 def training_batches(

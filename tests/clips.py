@@ -44,10 +44,11 @@ def beeps(moments, seconds, start=0.0, length=0.06, rate=SOUND_RATE) -> np.ndarr
 
 
 def write_video(path, images, times, sound=None, sound_start=0.0, codec=None, pauses=(), options=None,
-                rate=SOUND_RATE, layout="mono", more=(), turned=0) -> Path:
+                rate=SOUND_RATE, layout="mono", more=(), turned=0, x264="") -> Path:
     """Write an mp4 (H.264, AAC; any times) or avi (MPEG-4, PCM; even times only) file.
     `pauses`: pairs (sample, seconds); from this sample on, the sound is stamped so much later. `sound`: [N], or [channels, N] as `layout` says.
-    `more`: further sound tracks, of the same kind; `turned`: degrees by which a player is to turn the picture."""
+    `more`: further sound tracks, of the same kind; `turned`: degrees by which a player is to turn the picture;
+    `x264`: parameters of the H.264 encoder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     mp4 = path.suffix == ".mp4"
@@ -56,7 +57,7 @@ def write_video(path, images, times, sound=None, sound_start=0.0, codec=None, pa
     with av.open(str(path), "w", options=options or {}) as container:
         height, width = images[0].shape[:2]
         video = container.add_stream(codec or ("libx264" if mp4 else "mpeg4"), rate=picture_rate, height=height, width=width,
-                                     pix_fmt="yuv420p", options={"crf": "12"})
+                                     pix_fmt="yuv420p", options={"crf": "12", **({"x264-params": x264} if x264 else {})})
         video.codec_context.time_base = tick
         if turned:
             video.set_display_rotation(turned)

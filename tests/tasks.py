@@ -102,3 +102,17 @@ def impatient(*arguments, **options):
         return core.parallel_map(*arguments, **options)
     finally:
         core._PATIENCE = before
+
+
+def extract(root, out, scheduler):
+    "Prepare, encode and copy a corpus, from within its folder."
+    from sage_nb.affwild2 import Corpus
+    from sage_nb.features import encode_corpus, prepare_corpus
+    from sage_nb.suite import encode_copies
+
+    os.chdir(root)
+    how = dict(workers=1, scheduler=scheduler)
+    index = prepare_corpus(Corpus("corpus", dev_groups=1), f"{out}/prepared", skip_broken=True, **how)
+    encode_corpus(f"{out}/prepared", "encoders", f"{out}/features", half=True, **how)
+    encode_copies(f"{out}/prepared", "encoders", f"{out}/features", splits=("train",), **how)
+    return set("abcdefgh") - set(index)

@@ -160,6 +160,16 @@ def test_precision_and_the_count_of_steps_do_not_matter():
     assert torch.equal(other(faces()), encoder(faces())) and other.network.conv1[0].weight.dtype == torch.float32
 
 
+def test_a_single_number_may_be_an_array_of_one():
+    "As files written by way of numpy have it, ours among them."
+    module = nn.Module()
+    module.gain = nn.Parameter(torch.tensor(1.0))
+    fit_weights(module, {"gain": torch.tensor([3.0])}, "a file", "encoder")
+    assert module.gain.shape == () and module.gain == 3
+    with pytest.raises(DataError, match=r"gain is \(2,\), the encoder expects \(\)"):
+        fit_weights(module, {"gain": torch.zeros(2)}, "a file", "encoder")
+
+
 def test_a_name_that_is_there_twice_is_refused(ir50):
     weights = dict(ir50.network.state_dict())
     weights["backbone.input_layer.2.weight"] = weights["input_layer.2.weight"] + 1
@@ -217,11 +227,13 @@ def test_small_encoders_keep_their_file_format(tmp_path):
         load_encoder(tmp_path / "face.safetensors", "visual")
 
 
-@pytest.mark.parametrize("meta", [{}, [], {"encoder": "visual"}, {"encoder": "visual", "name": 3, "options": {}}, {"encoder": "visual", "name": "small", "options": []},
-                                  {"encoder": "visual", "name": "large", "options": {}}, {"encoder": "visual", "name": "ir50", "options": {"a": 1}}])
-def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path, meta):
-    write_arrays(tmp_path / "a.safetensors", {"a": np.zeros(2)}, meta or None if meta == {} else meta)
-    with pytest.raises(DataError):
+@pytest.mark.parametrize("meta, words", [
+    ({}, "holds no encoder weights, not visual"), ([1], "holds no encoder weights"), ({"encoder": "visual"}, "does not say which visual encoder"),
+    ({"encoder": "visual", "name": 3, "options": {}}, "does not say which"), ({"encoder": "visual", "name": "small", "options": []}, "does not say which"),
+    ({"encoder": "visual", "name": "large", "options": {}}, "none of this name"), ({"encoder": "visual", "name": "ir50", "options": {"a": 1}}, "no option a")])
+def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path, meta, words):
+    write_arrays(tmp_path / "a.safetensors", {"a": np.zeros(2)}, meta)
+    with pytest.raises(DataError, match=words):
         load_encoder(tmp_path / "a.safetensors", "visual")
 
 
@@ -275,23 +287,29 @@ def test_ir50_of_face_recognition_has_another_size():
     assert encoder.network.body(torch.zeros(1, 64, 112, 112)).shape == (1, 512, 7, 7) and (encoder.resize, encoder.crop) == ((128, 128), (112, 112))
 
 
-def test_ir50_sees_the_centre_of_a_normalised_crop(ir50):
-    crops = faces(2)
+def test_ir50_sees_the_centre_of_a_normalised_crop(monkeypatch):
+    monkeypatch.setattr(backbones, "IR50", lambda side: nn.Flatten())
+    encoder, crops = build_encoder("visual", "ir50"), faces(2)
     inner = crops[:, 4:44, 4:44].permute(0, 3, 1, 2) / 255
-    assert torch.allclose(ir50(crops), F.normalize(ir50.network((inner - 0.5) / 0.5)), atol=1e-5)
+    assert torch.allclose(encoder(crops), F.normalize(((inner - 0.5) / 0.5).flatten(1)), atol=1e-6)
     edge = crops.clone()
     edge[:, :4], edge[:, 44:], edge[:, :, :4], edge[:, :, 44:] = 0, 255, 255, 0
-    assert torch.equal(ir50(edge), ir50(crops))
-    assert torch.allclose(ir50(crops).norm(dim=1), torch.ones(2), atol=1e-6)
-    assert torch.allclose(torch.cat([ir50(one[None]) for one in crops]), ir50(crops), atol=1e-5)
-    assert ir50(crops[:0]).shape == (0, 512) and ir50(faces(1, 96)).shape == (1, 512)
+    assert torch.equal(encoder(edge), encoder(crops)) and encoder(faces(1, 96)).shape == (1, 3 * 40 * 40)
+
+
+def test_ir50_gives_unit_vectors_whatever_the_batch(ir50):
+    crops = faces(2)
+    together = ir50(crops)
+    assert torch.allclose(together.norm(dim=1), torch.ones(2), atol=1e-6) and (together[0] - together[1]).norm() > 1e-3
+    assert torch.allclose(ir50(crops[1:])[0], together[1], atol=1e-5)
+    assert ir50(crops[:0]).shape == (0, 512)
 
 
 def test_a_larger_crop_is_made_smaller_without_aliasing():
     encoder = ImageEncoder(nn.Identity(), 3, (48, 48), (48, 48), (0.0,) * 3, (1.0,) * 3)
-    fine = 255 * (torch.arange(192) % 2).to(torch.uint8)
+    fine = 255 * (torch.arange(192) % 4 == 0).to(torch.uint8)
     seen = encoder(fine[None, None, :, None].expand(1, 192, 192, 3))
-    assert (seen[..., 2:-2] - 0.5).abs().max() < 0.02  # lines of one pixel become grey, not stripes
+    assert (seen[..., 2:-2] - 0.25).abs().max() < 0.02  # lines of one pixel in four become dark grey everywhere
 
 
 def test_resnet50_is_torchvisions_before_its_classifier(tmp_path):
@@ -314,7 +332,7 @@ def test_resnet50_is_torchvisions_before_its_classifier(tmp_path):
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_nfnet", "levit_128s", "mobilenetv3_small_050"])
 def test_timm_models_by_their_own_files(tmp_path, model):
-    "With a classifier of another size; one with single numbers among its weights, one with two heads of two layers each, one wider behind its trunk."
+    "With a classifier of another size; the third with two heads of two layers each, the last with features wider than its trunk."
     import timm
 
     full = settle(timm.create_model(model, num_classes=7))
@@ -407,10 +425,10 @@ def test_vggish_loads_the_ports_files(vggish):
 
 def test_vggish_flattens_as_tensorflow_does(vggish):
     "Time, then frequency, then channel."
-    patches = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(0))
+    patches = torch.randn(1, 96, 64, generator=torch.Generator().manual_seed(0))
     cells = vggish.network.features(patches[:, None])
-    assert cells.shape == (2, 512, 6, 4)
-    flat = torch.stack([torch.stack([cells[n, :, t, f] for t in range(6) for f in range(4)]).flatten() for n in range(2)])
+    assert cells.shape == (1, 512, 6, 4)
+    flat = torch.stack([cells[0, :, t, f] for t in range(6) for f in range(4)]).flatten()[None]
     with torch.no_grad():
         assert torch.allclose(vggish.network(patches), vggish.network.embeddings(flat), atol=1e-5)
 
@@ -458,14 +476,10 @@ def test_vggish_does_not_depend_on_the_batch(vggish):
 @pytest.mark.parametrize("make", [lambda: VGGish().eval(), lambda: tiny(True), lambda: tiny(False, window=0.5)], ids=["vggish", "speech", "window"])
 def test_where_there_is_no_sound(light, make):
     encoder = make()
-    moments = np.array([-0.5, -0.02, 0.0, 0.005, 0.0125, 0.02, 0.1])
-    for samples, there in ((0, [0, 0, 1, 1, 0, 0, 0]), (200, [0, 0, 1, 1, 1, 1, 0]), (3200, [0, 0, 1, 1, 1, 1, 1])):  # shorter than a window, all of them
-        if not samples:
-            moments_, there = moments[[0, 1, 6]], [0, 0, 0]
-        else:
-            moments_ = moments
-        embeddings, ok = encoder.at(0.1 * torch.ones(samples), moments_)
-        assert ok.tolist() == [bool(t) for t in there] and embeddings.shape == (len(moments_), encoder.dim) and embeddings.dtype == np.float32
+    moments = np.array([-0.5, -0.02, 0.0, 0.005, 0.0125, 0.03, 0.1])
+    for samples, there in ((0, [0] * 7), (200, [0, 0, 1, 1, 1, 0, 0]), (3200, [0, 0, 1, 1, 1, 1, 1])):  # shorter than a window, all of them
+        embeddings, ok = encoder.at(0.1 * torch.ones(samples), moments)
+        assert ok.tolist() == [bool(t) for t in there] and embeddings.shape == (len(moments), encoder.dim) and embeddings.dtype == np.float32
         assert (embeddings[~ok] == 0).all() and np.isfinite(embeddings).all() and (np.abs(embeddings[ok]).sum(1) > 0).all()
     none, ok = encoder.at(torch.zeros(RATE), np.zeros(0))
     assert none.shape == (0, encoder.dim) and ok.shape == (0,) and ok.dtype == bool
@@ -504,6 +518,13 @@ def test_a_speech_window_lies_where_its_frame_says(centre):
     inside = (centres := 0.0125 + 0.02 * np.arange(199)) >= begin[7] - 1e-9
     inside &= centres < begin[7] + 0.2 - 1e-9
     assert inside.sum() == 10 and np.allclose(encoder.at(burst(burst_at), moments[7:8])[0][0], every[inside].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("centre", [0, 0.5, 1])
+def test_a_speech_window_without_an_embedding_takes_the_one_nearest_to_its_middle(centre):
+    encoder, nearest = tiny(False, window=0.016, centre=centre), tiny(False)
+    moments = np.arange(0.5, 0.6, 0.003)
+    assert np.allclose(encoder.at(burst(0.5), moments)[0], nearest.at(burst(0.5), moments + (0.5 - centre) * 0.016)[0], atol=1e-6)
 
 
 def test_the_nearest_speech_embedding_is_the_bursts():

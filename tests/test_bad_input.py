@@ -79,21 +79,37 @@ def test_layouts_that_cannot_be_understood(corpus, good):
             Corpus(corpus)
         one_sentence(str(error.value), *names)
 
+    def faulted(*names):
+        "What concerns one trial is said by the report, and by whoever reads the trial."
+        [trial] = Corpus(corpus).trials("train")
+        with pytest.raises(DataError) as error:
+            read_trial(trial)
+        one_sentence(str(error.value), *names)
+        assert str(error.value) in [*Corpus(corpus).check().problem]
+
+    def reported(*names):
+        table = Corpus(corpus).check()
+        [problem] = table.problem[table.problem != ""]
+        one_sentence(problem, *names)
+
     annotate(labels / "Validation_Set" / "good.txt", [[0, 0]])
-    refused(labels, "trial good is in two of")
+    faulted(labels, "trial good is in two of")
     (labels / "Validation_Set" / "good.txt").unlink()
     (corpus / "copy").mkdir()
     (corpus / "copy" / "good.avi").symlink_to(good)
-    refused("copy", "good.avi", "same name")
+    read_trial(Corpus(corpus).trials()[0])  # another link to the same file
+    (corpus / "copy" / "good.avi").unlink()
+    (corpus / "copy" / "good.avi").write_bytes(good.read_bytes())
+    faulted("copy", "good.avi", "same name")
     (corpus / "copy" / "good.avi").unlink()
     (corpus / "copy" / "VA_Estimation_Challenge").mkdir()
     refused(corpus, "holds 2")
     (corpus / "copy" / "VA_Estimation_Challenge").rmdir()
     (corpus / "list.txt").write_text("image_location,valence,arousal\n../../escape/00001.jpg,0,0\n")
-    refused("list.txt, line 2", "organisers' list")
+    reported("list.txt, line 2", "organisers' list")
     (corpus / "list.txt").write_text("image_location,valence,arousal\na/00001.jpg,0,0\n")
     (corpus / "other.txt").write_text("image_location,valence,arousal\n")
-    refused("other.txt", "list.txt")
+    reported("other.txt", "list.txt")
     (corpus / "list.txt").unlink()
     (corpus / "other.txt").unlink()
     (labels / "Train_Set" / "good.txt").unlink()

@@ -1,7 +1,7 @@
 """The corpus as it is distributed: face pictures in folders and archives, containers of all kinds, a report that misses nothing."""
-import json
+import os
+import struct
 import tracemalloc
-import warnings
 import zipfile
 from dataclasses import replace
 from fractions import Fraction
@@ -10,10 +10,10 @@ import av
 import cv2
 import numpy as np
 import pytest
-from clips import annotate, beeps, draw_face, talking, wall, write_video
-from corpora import UTF8, archive, jpg, official_tree
+from clips import annotate, beeps, draw_face, wall, write_video
+from corpora import UTF8, archive, faces, jpg, limited, small_tree, trim
 
-from sage_nb.affwild2 import Corpus, Trial, read_crop_files, summarise, video_info
+from sage_nb.affwild2 import Corpus, Trial, _list_archive, read_crop_files, video_info
 from sage_nb.backbones import save_encoder
 from sage_nb.cli import main
 from sage_nb.core import DataError, read_arrays
@@ -33,22 +33,11 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def root(tmp_path, clip):
-    "A clean corpus: two trials of one video, and one called Köln."
-    root = tmp_path / "corpus"
-    (root / "videos").mkdir(parents=True)
-    for name in ("two", "Köln"):
-        (root / "videos" / f"{name}.mp4").hardlink_to(clip)
-    for trial in ("two_left", "two_right", "Köln"):
-        annotate(root / "VA_Estimation_Challenge" / "Train_Set" / f"{trial}.txt", [[0.1, 0.2]] * COUNT)
-    return root
+    return small_tree(tmp_path / "corpus", clip, COUNT)
 
 
 def crops_of(root):
     return {trial.id: trial.crops for trial in Corpus(root).trials()}
-
-
-def faces(trial, numbers=(1, 2, 5)):
-    return [(f"cropped_aligned/{trial}/{number:05d}.jpg".encode(), jpg(10 * number)) for number in numbers]
 
 
 # --- where face pictures lie
@@ -91,7 +80,7 @@ def test_what_is_no_face_picture_is_left_out(root):
             root / "cropped_aligned.zip")
     crops = crops_of(root)
     for trial in ("Köln", "two_left"):
-        assert crops[trial].numbers.tolist() == [3] and crops[trial].others == 6
+        assert crops[trial].numbers.tolist() == [1, 3] and crops[trial].others == 5 and len([*read_crop_files(crops[trial])]) == 2
     assert crops["two_right"] is None
 
 
@@ -108,7 +97,75 @@ def test_a_folder_comes_before_an_archive_and_a_later_entry_before_an_earlier(ro
 
 # --- archives that cannot be believed
 
+def test_every_single_wrong_bit_of_a_directory_is_found(root):
+    "No face is lost or handed to another frame or person unsaid."
+    path = archive(faces("two_left") + faces("two_right", (1, 3, 4)) + [(b"cropped_aligned/two_left/notes.txt", b"-")], root / "cropped_aligned.zip")
+    content = path.read_bytes()
+    true = {"two_left": {n: jpg(10 * n) for n in (1, 2, 5)}, "two_right": {n: jpg(10 * n) for n in (1, 3, 4)}}
+    corpus, begin, said = Corpus(root), content.index(b"PK\1\2"), 0
+    bits = np.random.default_rng(0).permutation(8 * (len(content) - begin))[:800]
+    for bit in bits.tolist():
+        data = bytearray(content)
+        data[begin + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        corpus.faults, corpus.crops = [], {}
+        corpus._find_crops([], [path])
+        try:
+            if corpus.faults:
+                raise DataError(corpus.faults[0])
+            read = {trial: dict(file for crops in corpus.crops.get(trial, []) for file in read_crop_files(crops)) for trial in true}
+            assert read == true
+        except DataError:
+            said += 1
+    assert len(bits) / 3 < said < len(bits)
+
+
+@pytest.mark.parametrize("count, well", [(3, True), (3 + 65536, True), (2, False), (4, False), (0, False)])
+def test_the_number_of_entries_may_be_written_modulo_65536(root, count, well):
+    archive(faces("two_left"), root / "cropped_aligned.zip", count=count % 65536)
+    corpus = Corpus(root)
+    assert bool(corpus.faults) != well and (crops_of(root)["two_left"] is not None) == well
+
+
+@pytest.mark.parametrize("count", [65535, 65536])
+@pytest.mark.parametrize("program", ["python", "modulo"])
+def test_as_many_entries_as_the_old_format_can_count(tmp_path, count, program):
+    entries = [(b"t/%05d.jpg" % number, b"x", 0, 0) for number in range(1, count + 1)]
+    if program == "modulo":
+        archive(entries, tmp_path / "a.zip", count=count % 65536)
+    else:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            for name, content, *_ in entries:
+                file.writestr(name.decode(), content)
+    [crops] = _list_archive(tmp_path / "a.zip")["t"]
+    assert len(crops.numbers) == count and not crops.fault and not crops.twice
+
+
+def test_an_archive_said_to_be_all_directory(root):
+    "60 GiB of nothing take neither memory nor time."
+    size, path = 60 << 30, root / "cropped_aligned.zip"
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 5, 5, size, 0) + struct.pack("<4sLQL", b"PK\6\7", 0, size, 1)
+                   + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
+    tracemalloc.start()
+    try:
+        assert "directory is damaged" in Corpus(root).faults[0] and tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_one_bad_entry_concerns_one_trial(root, tmp_path):
+    archive(faces("two_left") + faces("two_right") + [(b"cropped_aligned/Ko/00001.jpg", jpg(), 1, 8), (b"cropped_aligned/two_right/00009.jpg", jpg(), 1, 8)],
+            root / "cropped_aligned.zip")
+    assert [bool(trial.fault) for trial in Corpus(root).trials()] == [False, False, True]
+    assert [*prepare_corpus(Corpus(root), tmp_path / "out", workers=1, skip_broken=True)] == ["Köln", "two_left"]
+    table = Corpus(root).check()
+    assert (table.problem != "").sum() == 2 and table.problem[table.trial == ""].str.contains("'Ko' are encrypted").sum() == 1
+
 LONG = b"\0" * (1 << 24) + b"\0"
+CONCERNED = ("parent", "inside", "root", "drive", "backslash", "dots", "encrypted", "method", "large", "larger")
 HOSTILE = {
     "parent": (dict(entries=[(b"../two_left/00001.jpg", jpg())]), "leads out of the archive"),
     "inside": (dict(entries=[(b"cropped_aligned/../../two_left/00001.jpg", jpg())]), "leads out of the archive"),
@@ -133,17 +190,26 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_archives_that_cannot_be_believed(root, case, capsys):
+    "A fault of the trials that it concerns: of one, of nobody known, or of all; the report says what reading says."
     about, fault = HOSTILE[case]
     path = root / "cropped_aligned.zip"
-    path.write_bytes(about) if isinstance(about, bytes) else archive(about.pop("entries"), path, **about)
+    path.write_bytes(about) if isinstance(about, bytes) else archive(**{"entries": faces("two_right"), **about, "path": path})
     before = sorted(root.parent.rglob("*"))
-    corpus = Corpus(root)
-    with pytest.raises(DataError) as error:
-        corpus.trials()
-    assert str(path) in str(error.value) and fault in str(error.value) and ";" in str(error.value) and "\n" not in str(error.value)
-    assert main(["check", str(root)]) == 2  # and what is well is still reported
+    concerned = [] if case in ("zero", "bell", "latin") else ["two_left"] if case in CONCERNED else ["Köln", "two_left", "two_right"]
+    found, said = [], set()
+    for trial in Corpus(root).trials():
+        try:
+            read_trial(trial)
+        except DataError as error:
+            found.append(trial.id)
+            said.add(str(error))
+    table = Corpus(root).check()
+    assert found == concerned == table.trial[(table.problem != "") & (table.trial != "")].tolist()
+    assert main(["check", str(root)]) == 2
     told = capsys.readouterr()
-    assert told.err == f"sage-nb: {error.value}\n" and "3 trials" in told.out and "1 unusable" in told.out
+    assert len(told.err.splitlines()) == 1 and told.err[9:-1] in (said or {told.err[9:-1]})
+    assert str(path) in told.err and fault in told.err and ";" in told.err
+    assert f"3 trials, 0 clean, {3 - len(found)} with oddities, {len(found)} unusable" in told.out
     assert sorted(root.parent.rglob("*")) == before
 
 
@@ -160,10 +226,11 @@ BOMB = b"\0" * (40 << 20)
 ])
 def test_a_damaged_entry_is_named(root, entries, lie):
     archive(entries, root / "cropped_aligned.zip", **lie)
+    told = "do not agree" if "offset" in lie else "picture 1, at byte .* is damaged"
     trial = next(trial for trial in Corpus(root).trials() if trial.id == "two_left")
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="picture 1, at byte .* is damaged; copy the archive again"):
+        with pytest.raises(DataError, match=f"{told}; copy the archive again"):
             read_trial(trial)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
@@ -186,6 +253,75 @@ def test_a_face_picture_that_is_none(root, content):
     with pytest.raises(DataError, match="00002.jpg is no complete jpg picture .*; take the organisers' file again"):
         read_trial(trial)
     assert main(["check", str(root)]) == 1 and main(["check", str(root), "--decode"]) == 2
+
+
+@pytest.mark.parametrize("names, kind", [
+    (["cropped_aligned/"], "no face pictures"), (["Cropped_Aligned/"], "no face pictures"),
+    (["cropped_aligned/Köln/0001.jpg", "cropped_aligned/Köln/1.jpg"], "face pictures that cannot be used"),
+    (["cropped_aligned.zip/b/Köln/0001.jpg"], "face pictures that cannot be used"), (["cropped_aligned.zip/inner.zip"], "no face pictures"),
+    (["CROPPED_ALIGNED/Köln/00001.JPG"], None), (["cropped_aligned/Köln/00002.jpeg"], None), (["Cropped_aligned.ZIP/Köln/00002.Jpg"], None),
+])
+def test_face_pictures_that_cannot_be_used_are_told(root, names, kind, capsys):
+    for name in names:
+        packed, _, inner = name.partition(".zip/" if ".zip" in name else ".ZIP/")
+        if inner:
+            archive([(inner.encode(), jpg(90))], root / f"{packed}.zip")
+            continue
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_bytes(jpg(90))
+    table = Corpus(root).check().set_index("trial")
+    assert main(["check", str(root)]) == 1
+    assert {odd for odd, _ in table.loc["two_left", "odd"]} == {"no face pictures"}
+    assert {odd for odd, _ in table.loc["Köln", "odd"]} == ({kind} if kind else set())
+    if not kind:
+        data = read_trial(Corpus(root).trials()[0])
+        assert data["visual_ok"].sum() == 1 and data["crops"][data["visual_ok"]].mean() == pytest.approx(90, abs=1)
+    if "inner.zip" in names[0]:
+        assert "other files among face pictures" in capsys.readouterr().out
+
+
+def test_pictures_that_come_twice_are_told(root):
+    archive(faces("Köln", (1, 2)) + faces("Köln", (2, 3)), root / "cropped_aligned.zip")
+    assert "1 face picture there once more" in Corpus(root).check().set_index("trial").loc["Köln", "oddities"]
+
+
+def test_links_to_the_same_faces_count_once(root):
+    (root / "cropped_aligned" / "batch" / "Köln").mkdir(parents=True)
+    (root / "cropped_aligned" / "batch" / "Köln" / "00001.jpg").write_bytes(jpg())
+    (root / "cropped_aligned_2").symlink_to("cropped_aligned")
+    (root / "cropped_aligned_3").symlink_to("cropped_aligned/batch")
+    corpus = Corpus(root)
+    assert len(corpus.crops["Köln"]) == 1 and corpus.check().set_index("trial").loc["Köln", "oddities"] == ""
+
+
+# --- what is no regular file
+
+SPECIAL = {"folder": lambda path: path.mkdir(), "dangling": lambda path: path.symlink_to("nowhere"), "looping": lambda path: path.symlink_to(path.name),
+           "pipe": os.mkfifo}
+PLACES = {"x.txt": (0, None), "subjects.csv": (2, "subjects.csv"), "VA_Estimation_Challenge/Train_Set/q.txt": (2, "q.txt"), "cropped_aligned.zip": (2, "cropped_aligned.zip"),
+          "cropped_aligned/Köln/00001.jpg": (1, "00001.jpg"), "videos/two.mp4": (2, "two.mp4")}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_is_waited_for_by_nobody(root, place, kind):
+    code, told = PLACES[place]
+    path = root / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    SPECIAL[kind](path)
+    with limited(10):
+        if kind == "pipe" or code == 0:
+            assert main(["check", str(root)]) == code
+        else:
+            main(["check", str(root)])
+        for trial in Corpus(root).trials():
+            try:
+                read_trial(trial)
+            except DataError as error:
+                assert told is not None and ";" in str(error)
 
 
 # --- by number, never by count
@@ -256,92 +392,7 @@ def test_given_faces_are_corrupted_where_they_are(tmp_path):
     assert 0.3 < same.mean() < 1, "an object covers a part of the picture, and the rest of it stays where it was"
 
 
-# --- pictures and sound on one clock, whatever the container
-
-FLASH = 31
-TRIMMED = 20  # pictures that the container hides
-
-
-def trim(path, seconds):
-    "Copy a file so that its first part is there but not shown, as editors do that do not encode anew."
-    short = path.with_name(f"trimmed_{path.name}")
-    with av.open(str(path)) as source, av.open(str(short), "w", options={"avoid_negative_ts": "disabled"}) as target:
-        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
-        for packet in source.demux():
-            if packet.size:
-                shift = round(Fraction(seconds) / packet.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, streams[packet.stream_index]
-                target.mux(packet)
-    return short
-
-
-RATES = {"20": 20, "12.5": 12.5, "24": 24, "23.976": 24000 / 1001, "25": 25, "29.97": 30000 / 1001, "30": 30, "50": 50, "59.94": 60000 / 1001, "17.3": 17.3}
-QUIRKS = {
-    **{f"{name} per second{suffix}": (suffix, dict(rate=rate)) for name, rate in RATES.items() for suffix in (".mp4", ".avi")},
-    "uneven": (".mp4", dict(uneven=True)), "late sound": (".mp4", dict(late=0.6)), "uneven, late sound": (".mp4", dict(uneven=True, late=0.6)),
-    "early sound": (".mp4", dict(first=0.7)), "8 kHz": (".mp4", dict(sound_rate=8000)), "48 kHz": (".avi", dict(sound_rate=48000)),
-    "stereo": (".mp4", dict(layout="stereo")), "5.1": (".mp4", dict(layout="5.1", sound_rate=48000)), "5.1 in avi": (".avi", dict(layout="5.1")),
-    "two tracks": (".mp4", dict(more=True)), "turned": (".mp4", dict(turned=90)), "trimmed": (".mp4", dict(trimmed=True)),
-    "reordered in avi": (".avi", dict(codec="libx264")),
-}
-
-
-@pytest.mark.parametrize("quirk", QUIRKS)
-def test_label_picture_and_sound_agree_within_half_a_frame(tmp_path, quirk):
-    suffix, about = QUIRKS[quirk]
-    rate, sound_rate, first = about.get("rate", 25), about.get("sound_rate", 44100), about.get("first", 0.0)
-    times = first + np.arange(60) / rate
-    if about.get("uneven"):
-        times = np.cumsum(np.r_[0, np.tile([1, 1, 2, 1, 3], 12)[:59]]) / 50
-    flash = times[FLASH - 1]
-    images = [np.full((32, 48, 3), 230 if number == FLASH else 20, np.uint8) for number in range(1, 61)]
-    for image in images:
-        image[:8, :8] = 120  # a corner that tells how the picture is turned
-    late = about.get("late", 0.0)
-    sound = beeps([flash], times[-1], late, rate=sound_rate)
-    channels = {"mono": 1, "stereo": 2, "5.1": 6}[about.get("layout", "mono")]
-    sound = np.stack([sound if channels < 6 or index == 2 else 0 * sound for index in range(channels)])  # of 5.1, the voice is in the centre
-    path = write_video(tmp_path / f"clip{suffix}", images, times, sound, late, codec=about.get("codec"), rate=sound_rate,
-                       layout=about.get("layout", "mono"), turned=about.get("turned", 0), more=[0 * sound] if about.get("more") else ())
-    shift = 0
-    if about.get("trimmed"):
-        path, shift = trim(path, Fraction(TRIMMED, 25)), TRIMMED
-    info, frames = video_info(path), list(read_frames(path))
-    count = 60 - shift
-    assert [frame.number for frame in frames] == list(range(1, count + 1)) and info.frames == count
-    assert info.times.tolist() == [frame.time for frame in frames] and (np.diff(info.times) > 0).all()
-    assert info.times == pytest.approx(times[shift:] - shift / 25, abs=2e-3 if suffix == ".mp4" else 1e-2)
-    bright = max(frames, key=lambda frame: frame.image[12:20, 12:20].mean())
-    assert bright.number == FLASH - shift
-    heard = read_sound(path)
-    onset = heard.start + np.flatnonzero(np.abs(heard.samples) > 0.15)[0] / heard.rate
-    assert abs(onset - bright.time) < 0.5 / max(rate, 25)
-    assert np.abs(heard.samples).max() == pytest.approx(0.35 if channels == 6 else 0.5, abs=0.07)
-    assert (info.sound_rate, info.channels, info.sound_tracks) == (sound_rate, channels, 1 + about.get("more", False))
-    image = frames[-1].image
-    corner = {0: image[:8, :8], 90: image[-8:, :8]}[info.turned]
-    assert image.shape == ((48, 32, 3) if about.get("turned") else (32, 48, 3)) == (info.height, info.width, 3)
-    assert corner.mean() == pytest.approx(120, abs=8) and look_closely(Trial("t", "train", path, None, None, "s", "t")) == ""
-
-
-def test_the_default_track_is_heard(tmp_path):
-    path = tmp_path / "tracks.mp4"
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("mpeg4", rate=25, width=32, height=32, pix_fmt="yuv420p")
-        tracks = [container.add_stream("aac", rate=16000, layout="mono") for _ in range(2)]
-        tracks[1].disposition = av.stream.Disposition.default
-        for _ in range(25):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(wall(size=32))))
-        container.mux(video.encode())
-        for track, level in zip(tracks, (0.1, 0.6)):
-            for position in range(0, 16000, 1024):
-                values = level * np.sin(2 * np.pi * 440 * (position + np.arange(1024)) / 16000)
-                chunk = av.AudioFrame.from_ndarray(values[None].astype(np.float32), format="fltp", layout="mono")
-                chunk.sample_rate, chunk.pts, chunk.time_base = 16000, position, Fraction(1, 16000)
-                container.mux(track.encode(chunk))
-            container.mux(track.encode())
-    assert np.abs(read_sound(path).samples[4000:12000]).max() == pytest.approx(0.6, abs=0.05)
-
+# --- damaged containers
 
 def test_more_memory_than_there_is_is_not_asked_for(tmp_path):
     late = write_video(tmp_path / "late.mp4", [wall(size=32)] * 50, np.arange(50) / 25, np.zeros(2 * 44100), pauses=[(44032, 5 * 3600)])
@@ -354,86 +405,6 @@ def test_more_memory_than_there_is_is_not_asked_for(tmp_path):
     for read in (video_info, lambda path: list(read_frames(path))):
         with pytest.raises(DataError, match="large.avi"):
             read(tmp_path / "large.avi")
-
-
-# --- the report
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tree")
-    return folder / "corpus", official_tree(folder / "corpus", videos=100, longest=600)
-
-
-def test_every_planted_oddity_is_found_and_nothing_else(tree, tmp_path, capsys):
-    root, planted = tree
-    assert main(["check", str(root), "--json", str(tmp_path / "report.json")]) == 1
-    told, report = capsys.readouterr(), json.loads((tmp_path / "report.json").read_text())
-    found = {trial["trial"]: {odd["kind"] for odd in trial["oddities"]} for trial in report["trials"]}
-    assert found == planted and len({kind for kinds in planted.values() for kind in kinds}) == 14
-    assert report["exit_code"] == 1 and told.err == "" and {trial["problem"] for trial in report["trials"]} == {""}
-    assert {split["split"]: split["trials"] for split in report["splits"]} == {"train": 62, "validation": 13, "test": 29}
-    assert f"{len(planted)} trials, {sum(not kinds for kinds in planted.values())} clean" in told.out
-    for kind in {kind for kinds in planted.values() for kind in kinds}:
-        [line] = [line for line in told.out.splitlines() if line.strip().startswith(kind)]
-        counts = [sum(kind in planted[trial["trial"]] for trial in report["trials"] if trial["split"] == split) for split in ("train", "validation", "test")]
-        assert line.split(kind)[1].split()[:4] == [*map(str, counts), "0"]
-
-
-def test_the_report_is_the_same_on_one_core_and_on_two(tree):
-    one, two = (Corpus(tree[0]).check(workers=workers) for workers in (1, 2))
-    assert one.equals(two)
-
-
-def test_the_summary_adds_up(tree):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        corpus = Corpus(tree[0], dev_groups=5, calibration_groups=5)
-        table = corpus.check()
-        there, odd = summarise(table)
-    assert there.split.tolist() == ["train", "dev", "calibration", "validation", "test"]
-    assert (there.clean + there.odd + there.broken).tolist() == there.trials.tolist() and there.pictures.sum() == table.frames.sum()
-    assert odd.drop(columns=["odd", "example"]).to_numpy().sum() == table.odd.map(len).sum()
-    assert there.faces.between(0.85, 0.95).all() and there.labelled[:4].between(0.9, 1).all() and np.isnan(there.labelled[4])
-
-
-def test_broken_and_idle_things_are_in_the_report(root, tmp_path):
-    archive(faces("two_left") + faces("stranger"), root / "cropped_aligned.zip")
-    (root / "cropped_aligned_2.zip").write_bytes(b"words")
-    (root / "videos" / "spare.mp4").hardlink_to(root / "videos" / "two.mp4")
-    annotate(root / "VA_Estimation_Challenge" / "Train_Set" / "gone.txt", [[0, 0]])
-    assert main(["check", str(root), "--json", str(tmp_path / "r.json")]) == 2
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["exit_code"] == 2 and report["splits"][0]["broken"] == 1
-    named = {row["trial"] or row["video"]: row for row in report["trials"]}
-    assert "no video for this trial" in named["gone"]["problem"] and named["gone"]["frames"] is None
-    idle = {row["video"]: [odd["text"] for odd in row["oddities"]] for row in report["trials"] if not row["trial"] and not row["problem"]}
-    assert idle == {"videos/spare.mp4": ["no trial belongs to this video"], "cropped_aligned.zip (stranger)": ["no trial belongs to these face pictures"]}
-    [fault] = [row["problem"] for row in report["trials"] if row["problem"] and not row["trial"]]
-    assert "cropped_aligned_2.zip" in fault
-
-
-@pytest.mark.parametrize("place, name", [("VA_Estimation_Challenge/Train_Set", b"\xff\xfe.txt"), ("VA_Estimation_Challenge/Train_Set", b"line\nend.txt"),
-                                         ("videos", b"\x1b[2J.mp4"), ("cropped_aligned/K\xf6ln\x07", b"00001.jpg")])
-def test_names_that_are_no_text(root, place, name, capfd):
-    (root / place).mkdir(parents=True, exist_ok=True)
-    open(str(root / place).encode() + b"/" + name, "w").close()
-    assert main(["check", str(root)]) == 2
-    told = capfd.readouterr()
-    assert "cannot be printed; rename it" in told.err and len(told.err.splitlines()) == 1 and told.err.strip().isprintable() and not told.out
-
-
-def test_what_only_decoding_shows(root, tmp_path):
-    damaged = bytearray(write_video(tmp_path / "d.mp4", talking(30), np.arange(30) / 25).read_bytes())
-    with av.open(str(tmp_path / "d.mp4")) as container:
-        hit = [packet for packet in container.demux(video=0) if packet.size][15]
-        damaged[hit.pos : hit.pos + hit.size] = b"\xff" * hit.size
-    (root / "videos" / "Köln.mp4").unlink()
-    (root / "videos" / "Köln.mp4").write_bytes(damaged)
-    annotate(root / "VA_Estimation_Challenge" / "Train_Set" / "Köln.txt", [[0, 0]] * 30)
-    corpus = Corpus(root)
-    assert (corpus.check().problem == "").all()
-    problems = corpus.check(look_closely).set_index("trial").problem
-    assert "decoding stops after picture" in problems["Köln"] and problems["two_left"] == problems["two_right"] == ""
 
 
 def test_a_face_model_reaches_the_trial(tmp_path):

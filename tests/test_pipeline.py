@@ -257,12 +257,12 @@ def test_another_error_shows_its_traceback(project):
 
 def test_a_dependency_that_is_not_listed_is_refused(project):
     path = project / "nbs/20_stage_make.ipynb"
-    path.write_text(path.read_text().replace("import time", "import time\\nfrom sage_nb import pipeline"))
+    path.write_text(path.read_text().replace("import time", "import time\\nfrom sage_nb import metrics"))
     assert pipeline(project, "sources").returncode == 0
     done = pipeline(project, "run", "make")
     assert done.returncode == 2
     assert done.stderr == ("dvc.yaml: the deps of stage make are not what its notebook imports; "
-                           "add or remove sage_nb/pipeline.py\n")
+                           "add or remove sage_nb/metrics.py\n")
 
 
 def test_code_edited_during_a_run_is_noticed(project):

@@ -321,4 +321,5 @@ def test_the_score_is_that_of_the_pooled_frames(tmp_path):
 
 def test_seed_and_strengths_of_the_suite_are_recorded(made):
     strengths = {name: list(about.strengths) for name, about in FAMILIES.items() if about.level == "media"}
-    assert read_json(made / "suite/suite.json") == dict(seed=0, strengths=strengths)
+    faces = dict(detect_every=5, face_model=None, several_faces=None, smallest_face=0.2)
+    assert read_json(made / "suite/suite.json") == dict(seed=0, strengths=strengths, faces=faces)
