@@ -786,6 +786,7 @@ d = { 'settings': { 'branch': 'main',
                                  'sage_nb.windows.OverlapAverage.mean': ('windows.html#overlapaverage.mean', 'sage_nb/windows.py'),
                                  'sage_nb.windows.collate': ('windows.html#collate', 'sage_nb/windows.py'),
                                  'sage_nb.windows.made_up_sequences': ('windows.html#made_up_sequences', 'sage_nb/windows.py'),
+                                 'sage_nb.windows.place_windows': ('windows.html#place_windows', 'sage_nb/windows.py'),
                                  'sage_nb.windows.random_starts': ('windows.html#random_starts', 'sage_nb/windows.py'),
                                  'sage_nb.windows.training_batches': ('windows.html#training_batches', 'sage_nb/windows.py'),
                                  'sage_nb.windows.window_starts': ('windows.html#window_starts', 'sage_nb/windows.py')}}}

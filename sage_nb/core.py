@@ -79,6 +79,8 @@ def read_json(path: str | Path):
 class Rows:
     "An array that is made piece by piece, on disk once it is large, and read slice by slice. What is left out in between is zero."
 
+    _most = 1 << 22  # bytes in memory
+
     def __init__(
         self,
         shape: tuple[int, ...],  # of one row; () for plain numbers
@@ -87,7 +89,7 @@ class Rows:
     ):
         self.shape, self.dtype = (0, *shape), np.dtype(dtype)
         self._size = math.prod(shape) * self.dtype.itemsize  # bytes of a row
-        self._file = tempfile.SpooledTemporaryFile(1 << 22, dir=folder)  # without a name: nothing of it can be left
+        self._file = tempfile.SpooledTemporaryFile(dir=folder)  # without a name: nothing of it can be left
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -102,6 +104,8 @@ class Rows:
     ) -> None:
         "Write rows over what is there."
         at = len(self) if at is None else at
+        if (at + len(rows)) * self._size > self._most:
+            self._file.rollover()  # before a gap would be filled in memory
         self._file.seek(at * self._size)
         self._file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
         self.extend(at + len(rows))
@@ -133,8 +137,10 @@ class StoredRows:
         self.path, self.name = Path(path), name
         with _opened(path) as file:
             stored = file.get_slice(name)
-        self.shape = tuple(stored.get_shape())
-        self.dtype = np.dtype(next(dtype for dtype, code in _DTYPES.items() if code == stored.get_dtype()))
+            self.shape, code = tuple(stored.get_shape()), stored.get_dtype()
+        if code not in _DTYPES.values():
+            raise DataError(f"{path}: {name} is of type {code}, which no file of ours has; delete it and make it again")
+        self.dtype = np.dtype(next(dtype for dtype in _DTYPES if _DTYPES[dtype] == code))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -156,7 +162,7 @@ def _opened(path: str | Path, framework: str = "np"):
             yield file
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run the step that writes it first") from None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a readable safetensors file ({error}); delete it and make it again") from None
 
 
@@ -168,8 +174,11 @@ def write_arrays(
     arrays: dict[str, np.ndarray | Rows],  # name -> array of any shape
     meta: dict | None = None,  # anything that JSON holds
 ) -> None:
-    "Write named arrays and their metadata, whole."
+    "Write named arrays and their metadata, whole. An array of a type that the format lacks raises `DataError`."
     arrays = {name: value if isinstance(value, Rows) else np.asarray(value, order="C") for name, value in arrays.items()}
+    for name, value in arrays.items():
+        if value.dtype.name not in _DTYPES or not value.dtype.isnative:
+            raise DataError(f"{path}: array {name} is of type {value.dtype}; make it one of {', '.join(_DTYPES)}, in this machine's byte order")
     ordered = sorted(arrays, key=lambda name: (list(_DTYPES).index(arrays[name].dtype.name), name))  # as the format's library has it: aligned
     header, end = {"__metadata__": {"json": json.dumps(meta or {}, sort_keys=True)}}, 0
     for name in ordered:
@@ -417,6 +426,7 @@ _PATIENCE = 10.0  # seconds that a scheduler has to answer, and a cluster withou
 def _surroundings() -> dict[str, str]:
     "What decides the bytes that this process computes, as it was when first asked: code, packages, environment, arithmetic."
     from importlib.metadata import PackageNotFoundError, version
+    import torch
 
     def installed(name):
         try:
@@ -425,7 +435,7 @@ def _surroundings() -> dict[str, str]:
             return "missing"
 
     return {"sage_nb": content_hash(*sorted(Path(__file__).parent.glob("*.py"))), "python": platform.python_version(),
-            **{name: installed(name) for name in _PACKAGES}, **{name: os.environ.get(name, "not set") for name in _PINNED}, **arithmetic()}
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", **{name: installed(name) for name in _PACKAGES}, **{name: os.environ.get(name, "not set") for name in _PINNED}, **arithmetic()}
 
 
 def _make_visit(

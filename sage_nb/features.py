@@ -34,7 +34,7 @@ def each_trial(
     title: str,  # for the progress line
     workers: int = 0,  # processes; 0 = one a core
     scheduler: str | None = None,  # address of a Dask scheduler, whose workers do it instead
-    skip_broken: bool = False,  # whether trials that cannot be read are left out; otherwise they raise `DataError` when all others are done
+    skip_broken: bool = False,  # whether trials that cannot be read are left out; otherwise, and if there is no other, they raise `DataError` when all others are done
 ) -> set[str]:  # the trials that were left out
     "Do something to every trial, and tell which ones it could not be done to."
     done = parallel_map(partial(_from, os.getcwd(), function) if scheduler else function, tasks.values(), workers, title, scheduler, keep_going=True)
@@ -42,7 +42,7 @@ def each_trial(
     (report := Path(folder) / "broken.json").unlink(missing_ok=True)
     if broken:
         write_json(report, broken)
-        if not skip_broken:
+        if not skip_broken or len(broken) == len(tasks):
             more = f" (and {len(broken) - 1} more broken trials: see {report})" if len(broken) > 1 else ""
             raise DataError(f"{next(iter(broken.values()))}{more}")
         print(f"{title}: {len(broken)} of {len(tasks)} trials are broken and left out: see {report}", file=sys.stderr)
@@ -256,10 +256,15 @@ def encode_trial(
     ok, moments = trial["visual_ok"].astype(bool), trial["time"] - trial["sound_start"]
     seen, heard = (Rows((net.dim,), np.float16 if half else np.float32, scratch) for net in (visual, audio))
     audio_ok = np.zeros(len(ok), bool)
+    def keep(store, rows):
+        if not np.isfinite(rows).all() or half and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
+            raise DataError("an encoder gives numbers that are not finite, or too large for half precision; set encode.half to false, or give other weights")
+        store.put(rows)
+
     for rows in encode_pictures(visual, trial["crops"], ok):
-        seen.put(rows)
+        keep(seen, rows)
     for part, rows, audio_ok[part] in embed_sound(audio, trial["sound"], moments):
-        heard.put(rows)
+        keep(heard, rows)
     return dict(visual=seen if scratch else seen[:], audio=heard if scratch else heard[:], visual_ok=ok, audio_ok=audio_ok & trial["audio_ok"],
                 cues=observation_cues(trial), va=trial["va"].astype(np.float32), valid=trial["valid"].astype(bool),
                 frame=trial["frame"].astype(np.int32), time=trial["time"].astype(np.float64))

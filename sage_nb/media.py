@@ -4,6 +4,7 @@
 
 # %% ../nbs/03_media.ipynb #6287ced8
 from __future__ import annotations
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -549,7 +550,7 @@ def look_closely(
     video = video_of(trial)
     expected = video_info(video)
     frames = sum(1 for _ in read_frames(video))
-    sound = read_sound(video)
+    sound = read_sound(video, scratch=tempfile.gettempdir())
     if trial.crops is not None:
         for _ in read_crops(trial.crops):
             pass

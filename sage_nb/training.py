@@ -17,7 +17,7 @@ from .core import DataError, Prediction, Sequence, parallel_map, read_arrays, re
 from .corruption import augment
 from .interaction import Estimator
 from .losses import masked_ccc, va_loss
-from .windows import OverlapAverage, collate, training_batches, window_starts
+from .windows import OverlapAverage, collate, place_windows, training_batches, window_starts
 
 # %% auto #0
 __all__ = ['WINDOW', 'HOP', 'Settings', 'learning_rate', 'predict_sequences', 'score', 'model_arrays', 'load_arrays', 'data_hash',
@@ -75,6 +75,7 @@ def predict_sequences(
     model.eval()
     if model.causal:
         window = hop = max(map(len, sequences), default=1)
+        batch = max(1, min(batch, batch * WINDOW // window))  # what is in memory does not grow with the sequence
     device = next(model.parameters()).device
     averages = [OverlapAverage(len(s)) for s in sequences]
     windows = sorted(((i, start) for i, s in enumerate(sequences) for start in window_starts(len(s), window, hop)),
@@ -310,13 +311,13 @@ def _epoch(model, train, optimiser, epoch, seed, settings, device) -> dict:
     model.train()
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
     rng = np.random.default_rng([seed, epoch])
-    batches = list(training_batches(train, settings.window, settings.batch, rng))
+    batches = place_windows(train, settings.window, settings.batch, rng)
     totals = {}
-    for step, batch in enumerate(batches):
+    for step, part in enumerate(batches):
         rate = learning_rate(epoch * len(batches) + step, settings.epochs * len(batches), settings)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        batch = augment(batch, rng, settings.augment, model.front.cue_owners).to(device)
+        batch = augment(collate(train, part, settings.window), rng, settings.augment, model.front.cue_owners).to(device)
         output = model(*batch.inputs)
         terms = dict(va=va_loss(output.va, batch.va, batch.valid[..., None], settings.squared, settings.per_window))
         terms |= model.extra_loss(output, batch.va, batch.valid, batch.corrupted)

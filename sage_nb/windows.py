@@ -13,7 +13,8 @@ from torch import Tensor
 from .core import DataError, Prediction, Sequence
 
 # %% auto #0
-__all__ = ['made_up_sequences', 'window_starts', 'random_starts', 'Batch', 'collate', 'training_batches', 'OverlapAverage']
+__all__ = ['made_up_sequences', 'window_starts', 'random_starts', 'Batch', 'collate', 'place_windows', 'training_batches',
+           'OverlapAverage']
 
 # %% ../nbs/13_windows.ipynb #9b1f342c
 def made_up_sequences(
@@ -122,25 +123,35 @@ def collate(
     corrupted = torch.zeros(*mask.shape, 2, dtype=torch.bool) if sequences[0].corrupted is None else padded("corrupted")
     copy = None
     if any(s.copy is not None for s in sequences):
-        copies = [replace(s, corrupted=np.zeros((len(s), 2), bool)) if s.copy is None else s.copy for s in sequences]
-        copy = collate(copies, windows, window)
+        copies = {i: sequences[i].copy or replace(sequences[i], corrupted=np.zeros((len(sequences[i]), 2), bool)) for i, _ in windows}
+        numbers = list(copies)
+        copy = collate(list(copies.values()), [(numbers.index(i), start) for i, start in windows], window)
     return Batch(mask=mask, corrupted=corrupted, copy=copy, **values)
 
 # %% ../nbs/13_windows.ipynb #b2ba7497
+def place_windows(
+    sequences: list[Sequence],
+    window: int,  # frames of a window, at most
+    batch: int,  # windows in a batch, at least (fewer only when there are fewer in all)
+    rng: np.random.Generator,
+) -> list[list[tuple[int, int]]]:  # by batch: (which sequence, first frame) of each window
+    "The windows of one epoch, in their order; nothing of them is read."
+    placed = []
+    for i, sequence in enumerate(sequences):
+        starts = rng.permutation(random_starts(len(sequence), window, rng))
+        placed += [((j + rng.uniform()) / len(starts), i, int(start)) for j, start in enumerate(starts)]
+    placed.sort()
+    return [[placed[k][1:] for k in part] for part in np.array_split(np.arange(len(placed)), max(1, len(placed) // batch))]
+
+
 def training_batches(
     sequences: list[Sequence],
     window: int,  # frames of a window, at most
     batch: int,  # windows in a batch, at least (fewer only when there are fewer in all)
     rng: np.random.Generator,
 ) -> Iterator[Batch]:
-    "One epoch."
-    placed = []
-    for i, sequence in enumerate(sequences):
-        starts = rng.permutation(random_starts(len(sequence), window, rng))
-        placed += [((j + rng.uniform()) / len(starts), i, int(start)) for j, start in enumerate(starts)]
-    placed.sort()
-    for part in np.array_split(np.arange(len(placed)), max(1, len(placed) // batch)):
-        yield collate(sequences, [placed[k][1:] for k in part], window)
+    "One epoch, batch by batch."
+    return (collate(sequences, part, window) for part in place_windows(sequences, window, batch, rng))
 
 # %% ../nbs/13_windows.ipynb #9a290c06
 class OverlapAverage:

@@ -79,37 +79,45 @@ def test_memory_does_not_depend_on_the_length_of_a_video(tmp_path, nets):
 # --- reading
 
 def write_store(folder, trials, frames):
-    "A store of random features of the lineage's widths."
+    "A store of random features of the lineage's widths, with copies."
     rng, everywhere = np.random.default_rng(0), np.ones(frames, bool)
     for name in map(str, range(trials)):
         visual, audio, va, cues = (rng.standard_normal((frames, dim), np.float32) for dim in (512, 128, 2, 11))
-        write_arrays(folder / f"{name}.safetensors", dict(visual=visual, audio=audio, va=va, cues=cues, visual_ok=everywhere, audio_ok=everywhere,
-                                                          valid=everywhere), dict(group=name))
+        copied = dict(visual=visual, audio=audio, cues=cues, visual_ok=everywhere, audio_ok=everywhere)
+        write_arrays(folder / f"{name}.safetensors", copied | dict(va=np.tanh(va), valid=everywhere), dict(group=name))
+        write_arrays(folder / f"copies/{name}.safetensors", copied | dict(corrupted=np.ones((frames, 2), bool)))
     write_json(folder / "index.json", {str(trial): dict(split="train") for trial in range(trials)})
     return folder
 
 
-READ = """import sys
-import numpy as np
+TRAIN = """import sys, threading, time
+from sage_nb.baselines import build_model
 from sage_nb.features import load_sequences
-from sage_nb.windows import training_batches
-def epoch(store):
-    sequences, most = load_sequences(store, "train"), 0
-    for batch in training_batches(sequences, 300, 8, np.random.default_rng(0)):
-        assert float(batch.visual.abs().sum()) > 0
-        most = max(most, status("RssAnon"))
-    return most
-before = epoch(sys.argv[1])
-print(epoch(sys.argv[2]) - before)
+from sage_nb.training import fit
+over, most = threading.Event(), [0]
+def watch():
+    while not over.wait(0.002):
+        most[0] = max(most[0], status("RssAnon"))
+threading.Thread(target=watch, daemon=True).start()
+val = load_sequences(sys.argv[1], "train")
+def peak(store):
+    most[0] = 0
+    model = build_model("sage", 512, 128, 11, visual_width=16, audio_width=16)
+    fit(model, load_sequences(store, "train", copies=True), val[:1], val[1:2], epochs=2, refine_steps=10, warmup=0.0)
+    return most[0]
+peak(sys.argv[1])
+before = peak(sys.argv[1])
+print(peak(sys.argv[2]) - before)
+over.set()
 """
 
 
 @linux_only
 def test_training_reads_a_store_without_loading_it(tmp_path):
-    small, large = write_store(tmp_path / "small", 8, 900), write_store(tmp_path / "large", 8, 6000)
-    size = sum(path.stat().st_size for path in large.iterdir()) / 1e6
-    [[more]] = in_processes(READ, [(small, large)])  # batches are as large in both
-    assert size > 120 and more < size / 8, (more, size)
+    small, large = write_store(tmp_path / "small", 8, 700), write_store(tmp_path / "large", 8, 4000)
+    size = sum(path.stat().st_size for path in large.rglob("*.safetensors")) / 1e6
+    [[more]] = in_processes(TRAIN, [(small, large)])  # batches are as large in both
+    assert size > 160 and more < size / 8, (more, size)
 
 
 def test_windows_of_a_half_precision_store_are_those_of_the_full_one(tmp_path, nets):
