@@ -249,13 +249,22 @@ def _corrupt_voice(
     return (sound + weight * (worse - sound)).clip(-1, 1).astype(np.float32)
 
 
-@lru_cache(maxsize=None)
-def _face_of(path: Path) -> tuple[StoredRows, np.ndarray]:
+def _as_it_is(path: Path) -> tuple[Path, int, int]:
+    "A file, and what tells whether it was made anew since: a worker of a cluster outlives a run."
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run the step that writes it first") from None
+    return path, about.st_mtime_ns, about.st_size
+
+
+@lru_cache(64)
+def _face_of(path: Path, time: int, size: int) -> tuple[StoredRows, np.ndarray]:
     return StoredRows(path, "crops"), np.flatnonzero(read_arrays(path, ["visual_ok"])[0]["visual_ok"])
 
 
-@lru_cache(maxsize=None)
-def _voice_of(path: Path) -> tuple[StoredRows, float]:
+@lru_cache(1024)  # small, and a whole sound is read for it
+def _voice_of(path: Path, time: int, size: int) -> tuple[StoredRows, float]:
     sound = StoredRows(path, "sound")
     return sound, _loudness(sound)
 
@@ -286,14 +295,14 @@ def _encode_copy(task: tuple[str, dict, list[str], list[str], Path, Path, Path, 
 
     def alter_faces(k, crops):
         rng, here = seeded(seed, "copy", "faces", name, str(k)), ok[slice(*frames[k])]
-        other = _face_of(prepared / f"{rng.choice(faces)}.safetensors") if faces else None
+        other = _face_of(*_as_it_is(prepared / f"{rng.choice(faces)}.safetensors")) if faces else None
         if here.any():
             crops[here] = _corrupt_faces(crops[here], rng, other)
         return crops
 
     def alter_voice(k, sound):
         rng = seeded(seed, "copy", "voices", name, str(k))
-        other = _voice_of(prepared / f"{rng.choice(voices)}.safetensors") if voices else None
+        other = _voice_of(*_as_it_is(prepared / f"{rng.choice(voices)}.safetensors")) if voices else None
         return _corrupt_voice(sound, loud, rng, other)
 
     samples = np.rint((audio - data["sound_start"]) * AUDIO_RATE).astype(int).clip(0, len(data["sound"]))
