@@ -5,11 +5,13 @@
 # %% ../nbs/14_corruption.ipynb #d76decca
 from __future__ import annotations
 import math, zlib
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from .core import DataError, Sequence
+from .core import DataError, Rows, Sequence, StoredRows
 from .windows import Batch
 
 # %% auto #0
@@ -205,41 +207,67 @@ def corrupt_picture(
     raise DataError(f"corruption: {family} is nothing that befalls a picture; take occlusion, blur or darkness")
 
 # %% ../nbs/14_corruption.ipynb #fe218bfd
+_BLOCK = 1 << 19  # samples at a time
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(at + _BLOCK, count)) for at in range(0, count, _BLOCK))
+
+
+def _root_mean_square(sound: np.ndarray | Rows | StoredRows) -> np.float64:
+    squares = sum(np.square(sound[begin:end], dtype=np.float64).sum() for begin, end in _blocks(len(sound)))
+    return np.sqrt(np.float64(squares) / max(len(sound), 1))
+
+
+def _looped(sound: np.ndarray | Rows | StoredRows, begin: int, count: int) -> np.ndarray:
+    "So many samples from the place `begin` on; after the last one comes the first."
+    begin, pieces = begin % len(sound), []
+    while count:
+        pieces.append(sound[begin : begin + count])
+        begin, count = 0, count - len(pieces[-1])
+    return np.concatenate(pieces)
+
+
 def corrupt_sound(
-    samples: np.ndarray,  # [N] float32 in [-1, 1], left as they are
+    samples: np.ndarray | Rows | StoredRows,  # [N] float32 in [-1, 1], left as they are
     rate: int,  # samples per second
-    active: np.ndarray,  # [N] bool, what to corrupt
+    active: np.ndarray | Rows,  # [N] bool, what to corrupt
     family: str,  # noise, babble or clipping
     severity: int,  # 0..3; 0 changes nothing
     rng: np.random.Generator,
-    others: list[np.ndarray] = (),  # sounds of other people, for babble
-) -> np.ndarray:  # [N] float32 in [-1, 1]
+    others: list[np.ndarray | StoredRows] = (),  # sounds of other people, for babble
+    scratch: str | Path | None = None,  # a folder: the result is `Rows` on its disk; None: an array
+) -> np.ndarray | Rows:  # [N] float32 in [-1, 1]
     "A sound, as it would have been."
     if severity == 0 or not len(samples):
         return samples
     strength = _strength(family, severity, "media")
-    fade = round(0.01 * rate)
-    summed = np.cumsum(np.pad(active.astype(np.float64), (fade + 1, fade)))
-    weight = (summed[2 * fade + 1 :] - summed[: -2 * fade - 1]) / (2 * fade + 1)
-    level = np.sqrt(np.mean(np.square(samples, dtype=np.float64)))
-    if family == "noise":
-        added = rng.standard_normal(len(samples))
-    elif family == "babble":
-        if not any(np.any(other) for other in others):
-            raise DataError("corruption: babble needs the sound of other people, but there is none; take a split with more subjects")
-        added = np.zeros(len(samples))
-        for other in others:
-            if np.any(other):
-                begin = int(rng.integers(len(other)))
-                added += np.resize(np.roll(other, -begin), len(samples)) / np.sqrt(np.mean(np.square(other, dtype=np.float64)))
-        added /= np.sqrt(np.mean(added**2)) + 1e-12
-    elif family == "clipping":
-        limit = 3 * level
-        clipped = (samples * 10 ** (strength / 20)).clip(-limit, limit)
-        return (samples + weight * (clipped - samples)).clip(-1, 1).astype(np.float32)
-    else:
+    if family not in ("noise", "babble", "clipping"):
         raise DataError(f"corruption: {family} is nothing that befalls a sound; take noise, babble or clipping")
-    return (samples + weight * added * level * 10 ** (-strength / 20)).clip(-1, 1).astype(np.float32)
+    level, fade = _root_mean_square(samples), round(0.01 * rate)
+    voices = [(other, loud, int(rng.integers(len(other)))) for other in others if (loud := _root_mean_square(other)) > 0] if family == "babble" else []
+    if family == "babble" and not voices:
+        raise DataError("corruption: babble needs the sound of other people, but there is none; take a split with more subjects")
+
+    def babble(begin, end):
+        return sum((_looped(other, first + begin, end - begin) / loud for other, loud, first in voices), np.zeros(end - begin))
+
+    if family == "babble":
+        together = np.sqrt(np.float64(sum((babble(*block) ** 2).sum() for block in _blocks(len(samples)))) / len(samples)) + 1e-12
+    out = Rows((), np.float32, scratch)
+    for begin, end in _blocks(len(samples)):
+        near = active[max(begin - fade, 0) : end + fade]
+        missing = max(fade - begin, 0)  # before the first sample, and after the last
+        summed = np.cumsum(np.pad(near.astype(np.float64), (missing + 1, end - begin + 2 * fade - missing - len(near))))
+        weight = (summed[2 * fade + 1 :] - summed[: -2 * fade - 1]) / (2 * fade + 1)
+        sound = samples[begin:end]
+        if family == "clipping":
+            worse = (sound * 10 ** (strength / 20)).clip(-3 * level, 3 * level)
+            out.put((sound + weight * (worse - sound)).clip(-1, 1))
+        else:
+            added = rng.standard_normal(end - begin) if family == "noise" else babble(begin, end) / together
+            out.put((sound + weight * added * level * 10 ** (-strength / 20)).clip(-1, 1))
+    return out if scratch else out[:]
 
 # %% ../nbs/14_corruption.ipynb #291d3a47
 def _hidden(sequence: Sequence, modality: str, lost: np.ndarray, cue_owners: str) -> Sequence:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import shutil
 import numpy as np
 import pandas as pd
-from .core import MODALITIES, DataError, Sequence, parallel_map, read_arrays, read_json
+from .core import MODALITIES, DataError, Rows, Sequence, parallel_map, read_arrays, read_json, whole
 from .evaluation import AXES, MOMENTS, SIGNALS, Evidence, read_table, write_table
 from .metrics import bootstrap_moments, ccc_from_moments, group_moments
 
@@ -22,12 +22,19 @@ __all__ = ['load_corrupted', 'predict_condition', 'evaluate_robustness', 'robust
            'loss_differences', 'missing_differences']
 
 # %% ../nbs/17_robustness.ipynb #6714a79e
+def _on_disk(features: np.ndarray, scratch: str | Path) -> Rows:
+    rows = Rows(features.shape[1:], features.dtype, scratch)
+    rows.put(features)
+    return rows
+
+
 def load_corrupted(
     store: str | Path,  # the feature store
     folder: str | Path,  # as `suite.encode_corrupted` leaves it
     split: str,
     family: str,  # a name of `corruption.FAMILIES`, or "clean"
     severity: int,  # 1..3; 0 with "clean"
+    scratch: str | Path | None = None,  # a folder: features that are corrupted here are `Rows` on its disk; None: arrays
 ) -> tuple[list[Sequence], list[np.ndarray]]:  # sorted by trial; for each [T] bool, corrupted
     "The sequences of a split under one condition."
     from sage_nb.corruption import FAMILIES, corrupt_sequence
@@ -39,12 +46,15 @@ def load_corrupted(
     seed, pairs = read_json(Path(folder) / "suite.json")["seed"], []
     for sequence in sequences:
         if family in FAMILIES and FAMILIES[family].level == "media":
-            arrays, _ = read_arrays(Path(folder) / f"{family}-{severity}" / f"{sequence.id}.safetensors")
+            arrays, _ = read_arrays(Path(folder) / f"{family}-{severity}" / f"{sequence.id}.safetensors", mapped=True)
             pairs.append((replace(sequence, **{name: values for name, values in arrays.items() if name != "corrupted"}), arrays["corrupted"]))
         else:
             time = read_arrays(Path(store) / f"{sequence.id}.safetensors", ["time"])[0]["time"]
             rate = (len(time) - 1) / max(time[-1] - time[0], 1e-3)
-            pairs.append(corrupt_sequence(sequence, family, severity, seed, rate, CUE_OWNERS))
+            worse, corrupted = corrupt_sequence(sequence, family, severity, seed, rate, CUE_OWNERS)
+            if scratch:
+                worse = replace(worse, **{m: _on_disk(getattr(worse, m), scratch) for m in MODALITIES if getattr(worse, m) is not getattr(sequence, m)})
+            pairs.append((worse, corrupted))
     return tuple(map(list, zip(*pairs)))
 
 # %% ../nbs/17_robustness.ipynb #d1b26503
@@ -57,14 +67,15 @@ def predict_condition(
     folder: str | Path,  # as `suite.encode_corrupted` leaves it
     split: str,
     condition: Condition,
+    scratch: str | Path | None = None,  # as in `load_corrupted`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # rows of robustness.parquet and of corrupted_reliability.parquet
     "Predict a split under one condition with several runs."
     from sage_nb.features import CUES
     from sage_nb.training import load_run, predict_sequences
 
-    sequences, masks = load_corrupted(store, folder, split, condition.family, condition.severity)
+    sequences, masks = load_corrupted(store, folder, split, condition.family, condition.severity, scratch)
     truth, valid = (np.concatenate([getattr(s, name) for s in sequences]) for name in ("va", "valid"))
-    groups = np.concatenate([[s.group] * len(s) for s in sequences])
+    groups = np.repeat([s.group for s in sequences], [len(s) for s in sequences])
     names = np.unique(groups[valid])
     about = dict(family=condition.family, level=condition.level, modality=condition.modality, severity=condition.severity, seen=condition.seen)
     rows, trusted = [], []
@@ -92,10 +103,27 @@ def _predict(task: tuple[list[Path], Path, Path, str, Condition, Path]) -> None:
     if part.is_file() and read_table(part, ["run"]).run.unique().tolist() == [run.name for run in arguments[0]]:
         return
     torch.set_num_threads(1)
-    rows, trusted = predict_condition(*arguments)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    rows, trusted = predict_condition(*arguments, part.parent)
     if len(trusted):
         write_table(part.with_name(f"reliability-{part.name}"), trusted)
     write_table(part, rows)
+
+
+def _join(parts: list[Path], path: Path) -> None:
+    "Write tables of the same columns as one, group of rows by group of rows: the bytes that `write_table` would write."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    limit, rest = 1 << 20, None  # rows of a group
+    with whole(path) as temporary, pq.ParquetWriter(temporary, pq.read_schema(parts[0]), compression="zstd") as file:
+        for part in parts:
+            rest = pa.concat_tables([*([] if rest is None else [rest]), pq.read_table(part)])
+            while len(rest) >= limit:
+                file.write_table(rest[:limit].combine_chunks(), limit)
+                rest = rest[limit:].combine_chunks()
+        if len(rest):
+            file.write_table(rest.combine_chunks(), limit)
 
 
 def evaluate_robustness(
@@ -123,9 +151,9 @@ def evaluate_robustness(
     parallel_map(_predict, [(chosen, Path(store), Path(folder), split, c, part) for c, part in zip(conditions(), parts)], workers, "robustness")
     table = pd.concat([read_table(part) for part in parts], ignore_index=True)
     write_table(out / "robustness.parquet", table)
-    trusted = [read_table(path) for part in parts if (path := part.with_name(f"reliability-{part.name}")).is_file()]
+    trusted = [path for part in parts if (path := part.with_name(f"reliability-{part.name}")).is_file()]
     if trusted:
-        write_table(out / "corrupted_reliability.parquet", pd.concat(trusted, ignore_index=True))
+        _join(trusted, out / "corrupted_reliability.parquet")
     shutil.rmtree(out / "robustness")
     return table
 

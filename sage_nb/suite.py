@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2, numpy as np, torch
 from scipy.signal import lfilter
 from .affwild2 import Corpus, Trial, video_of
-from .core import DataError, Rows, StoredRows, read_arrays, read_json, write_arrays, write_json
+from .core import MODALITIES, DataError, Rows, StoredRows, read_arrays, read_json, write_arrays, write_json
 from .corruption import FAMILIES, corrupt_picture, corrupt_sound, plan_stretches, seeded, stretch_of
 from .encoders import AUDIO_RATE, embed_sound, sound_level
 from .features import each_trial, encode_pictures, encode_trial, load_encoders, observation_cues, read_prepared
@@ -28,7 +28,7 @@ class _Altered:
         rows: np.ndarray | StoredRows,
         alter: Callable[[int, np.ndarray], None],  # called with the place of the first row, and rows that it may change
     ):
-        self._rows, self._alter = rows, alter
+        self._rows, self._alter, self.shape, self.dtype = rows, alter, rows.shape, rows.dtype
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -40,14 +40,22 @@ class _Altered:
         return rows
 
 
-def _with_changes(crops: StoredRows, seen: np.ndarray, changed: np.ndarray, instead: Rows) -> _Altered:
-    "Crops [T], black where nothing was `seen` [T], and with those of the frames `changed` [K] replaced by `instead` [K]."
-    def alter(begin, rows):
-        rows[~seen[begin : begin + len(rows)]] = 0
-        first, last = np.searchsorted(changed, [begin, begin + len(rows)])
-        rows[changed[first:last] - begin] = instead[first:last]
+def _on_disk(rows: _Altered | StoredRows, scratch: Path) -> Rows:
+    "The same rows in a file that nobody sees."
+    out = Rows(rows.shape[1:], rows.dtype, scratch)
+    for at in range(0, len(rows), 1024):
+        out.put(rows[at : at + 1024])
+    return out
 
-    return _Altered(crops, alter)
+
+def _with_changes(rows: StoredRows, seen: np.ndarray, changed: np.ndarray, instead: Rows) -> _Altered:
+    "Crops or features [T], zero where nothing was `seen` [T], and with those of the frames `changed` [K] replaced by `instead` [K]."
+    def alter(begin, part):
+        part[~seen[begin : begin + len(part)]] = 0
+        first, last = np.searchsorted(changed, [begin, begin + len(part)])
+        part[changed[first:last] - begin] = instead[first:last]
+
+    return _Altered(rows, alter)
 
 
 def _look_again(
@@ -80,20 +88,30 @@ def _look_again(
         yield condition, dict(crops=_with_changes(data["crops"], seen, changed, instead), visual_ok=seen, score=score, changed=changed, instead=instead)
 
 
-def _encode_pictures(net: torch.nn.Module, clean: dict, data: dict, seen: dict) -> dict[str, np.ndarray]:
-    visual, changed = np.where(seen["visual_ok"][:, None], clean["visual"], clean["visual"].dtype.type(0)), seen["changed"]
-    for rows in encode_pictures(net, seen["instead"], np.ones(len(changed), bool)):
-        visual[changed[: len(rows)]] = rows
-        changed = changed[len(rows) :]
+def _encode_pictures(net: torch.nn.Module, clean: dict, data: dict, seen: dict, scratch: Path) -> dict[str, np.ndarray | Rows]:
+    renewed = Rows(clean["visual"].shape[1:], clean["visual"].dtype, scratch)
+    for rows in encode_pictures(net, seen["instead"], np.ones(len(seen["changed"]), bool)):
+        renewed.put(rows)
+    visual = _on_disk(_with_changes(clean["visual"], seen["visual_ok"], seen["changed"], renewed), scratch)
     return dict(visual=visual, visual_ok=seen["visual_ok"], cues=observation_cues({**data, **seen}))
 
 # %% ../nbs/25_suite.ipynb #8a3047a1
-def _encode_sound(net: torch.nn.Module, clean: dict, data: dict, samples: np.ndarray) -> dict[str, np.ndarray]:
-    audio = clean["audio"]
+def _encode_sound(net: torch.nn.Module, clean: dict, data: dict, samples: Rows | StoredRows, scratch: Path) -> dict[str, np.ndarray | Rows]:
     if clean["audio_ok"].any():
-        moments = data["time"] - data["sound_start"]
-        audio = np.concatenate([rows for _, rows, _ in embed_sound(net, samples, moments)]).astype(audio.dtype)
+        audio = Rows(clean["audio"].shape[1:], clean["audio"].dtype, scratch)
+        for _, rows, _ in embed_sound(net, samples, data["time"] - data["sound_start"]):
+            audio.put(rows)
+    else:
+        audio = _on_disk(clean["audio"], scratch)
     return dict(audio=audio, audio_ok=clean["audio_ok"], cues=observation_cues({**data, "sound": samples}))
+
+
+def _active_samples(data: dict, stretches: np.ndarray, scratch: Path) -> Rows:  # [N] bool
+    "Which samples are inside of stretches."
+    active, count, block = Rows((), bool, scratch), len(data["sound"]), 1 << 18
+    for at in range(0, count, block):
+        active.put(stretch_of(data["sound_start"] + np.arange(at, min(at + block, count)) / AUDIO_RATE, stretches) >= 0)
+    return active
 
 
 def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int, dict]) -> None:
@@ -105,7 +123,10 @@ def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int, dict]) ->
         return
     see, hear = load_encoders(encoders)
     data = read_prepared(prepared / f"{trial.id}.safetensors")
-    clean, meta = read_arrays(store / f"{trial.id}.safetensors")
+    path = store / f"{trial.id}.safetensors"
+    clean, meta = read_arrays(path, ["audio_ok"])
+    clean |= {name: StoredRows(path, name) for name in MODALITIES}
+    folder.mkdir(parents=True, exist_ok=True)
     stretches = {family: plan_stretches(data["time"], seeded(seed, family, trial.id)) for family, _ in wanted}
 
     def write(condition, arrays):
@@ -114,19 +135,17 @@ def _encode(task: tuple[Trial, list[str], Path, Path, Path, Path, int, dict]) ->
 
     visual, audio = ([c for c in wanted if FAMILIES[c[0]].modality == modality] for modality in ("visual", "audio"))
     if visual:
-        folder.mkdir(parents=True, exist_ok=True)
         for condition, seen in _look_again(trial, data, visual, stretches, seed, folder, **search):
-            write(condition, _encode_pictures(see, clean, data, seen))
+            write(condition, _encode_pictures(see, clean, data, seen, folder))
     voices = []
     if any(family == "babble" for family, _ in audio) and data["has_sound"]:
         chosen = seeded(seed, "voices", trial.id).permutation(others)[:3]
-        voices = [read_arrays(prepared / f"{other}.safetensors", ["sound"])[0]["sound"] for other in chosen]
-    sound = data["sound"][:]
-    moments = data["sound_start"] + np.arange(len(sound)) / AUDIO_RATE
+        voices = [StoredRows(prepared / f"{other}.safetensors", "sound") for other in chosen]
     for family, severity in audio:
-        rng = seeded(seed, family, trial.id, "sound")
-        samples = corrupt_sound(sound, AUDIO_RATE, stretch_of(moments, stretches[family]) >= 0, family, severity, rng, voices)
-        write((family, severity), _encode_sound(hear, clean, data, samples))
+        active, rng = _active_samples(data, stretches[family], folder), seeded(seed, family, trial.id, "sound")
+        samples = corrupt_sound(data["sound"], AUDIO_RATE, active, family, severity, rng, voices, folder)
+        write((family, severity), _encode_sound(hear, clean, data, samples, folder))
+
 
 
 def encode_corrupted(
@@ -230,13 +249,22 @@ def _corrupt_voice(
     return (sound + weight * (worse - sound)).clip(-1, 1).astype(np.float32)
 
 
-@lru_cache(maxsize=None)
-def _face_of(path: Path) -> tuple[StoredRows, np.ndarray]:
+def _as_it_is(path: Path) -> tuple[Path, int, int]:
+    "A file, and what tells whether it was made anew since: a worker of a cluster outlives a run."
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run the step that writes it first") from None
+    return path, about.st_mtime_ns, about.st_size
+
+
+@lru_cache(64)
+def _face_of(path: Path, time: int, size: int) -> tuple[StoredRows, np.ndarray]:
     return StoredRows(path, "crops"), np.flatnonzero(read_arrays(path, ["visual_ok"])[0]["visual_ok"])
 
 
-@lru_cache(maxsize=None)
-def _voice_of(path: Path) -> tuple[StoredRows, float]:
+@lru_cache(1024)  # small, and a whole sound is read for it
+def _voice_of(path: Path, time: int, size: int) -> tuple[StoredRows, float]:
     sound = StoredRows(path, "sound")
     return sound, _loudness(sound)
 
@@ -267,14 +295,14 @@ def _encode_copy(task: tuple[str, dict, list[str], list[str], Path, Path, Path, 
 
     def alter_faces(k, crops):
         rng, here = seeded(seed, "copy", "faces", name, str(k)), ok[slice(*frames[k])]
-        other = _face_of(prepared / f"{rng.choice(faces)}.safetensors") if faces else None
+        other = _face_of(*_as_it_is(prepared / f"{rng.choice(faces)}.safetensors")) if faces else None
         if here.any():
             crops[here] = _corrupt_faces(crops[here], rng, other)
         return crops
 
     def alter_voice(k, sound):
         rng = seeded(seed, "copy", "voices", name, str(k))
-        other = _voice_of(prepared / f"{rng.choice(voices)}.safetensors") if voices else None
+        other = _voice_of(*_as_it_is(prepared / f"{rng.choice(voices)}.safetensors")) if voices else None
         return _corrupt_voice(sound, loud, rng, other)
 
     samples = np.rint((audio - data["sound_start"]) * AUDIO_RATE).astype(int).clip(0, len(data["sound"]))

@@ -11,7 +11,7 @@ from sage_nb import robustness, suite
 from sage_nb.affwild2 import Corpus
 from sage_nb.backbones import save_encoder
 from sage_nb.baselines import build_model
-from sage_nb.core import DataError, read_arrays, read_json, write_arrays, write_json
+from sage_nb.core import DataError, Rows, read_arrays, read_json, write_arrays, write_json
 from sage_nb.corruption import FAMILIES, Condition, conditions
 from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.evaluation import read_table, write_table
@@ -150,6 +150,27 @@ def test_every_condition_loads_and_labels_stay(made):
         load_corrupted(made / "store", made / "suite", "validation", "rain", 1)
 
 
+@pytest.mark.parametrize("family", ["frame_drops", "sound_shift"])
+def test_features_on_disk_are_those_in_memory(made, tmp_path, family):
+    there, here = (load_corrupted(made / "store", made / "suite", "validation", family, 2, scratch)[0] for scratch in (tmp_path, None))
+    changed = "visual" if family == "frame_drops" else "audio"
+    for one, other in zip(there, here, strict=True):
+        assert isinstance(getattr(one, changed), Rows) and isinstance(getattr(other, changed), np.ndarray)
+        assert np.array_equal(one.visual[:], other.visual) and np.array_equal(one.audio[:], other.audio)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_joined_on_disk_are_the_table_written_at_once(tmp_path):
+    rng, parts = np.random.default_rng(0), []
+    for number, rows in enumerate((700_000, 3, 700_000, 10)):
+        table = pd.DataFrame(dict(family=f"f{number}", frame=np.arange(rows, dtype=np.int32), energy=rng.standard_normal(rows, np.float32), ok=True))
+        parts.append(tmp_path / f"{number}.parquet")
+        write_table(parts[-1], table)
+    robustness._join(parts, tmp_path / "joined.parquet")
+    write_table(tmp_path / "at_once.parquet", pd.concat(map(read_table, parts), ignore_index=True))
+    assert (tmp_path / "joined.parquet").read_bytes() == (tmp_path / "at_once.parquet").read_bytes()
+
+
 def test_a_shift_is_in_seconds_of_the_clip(made):
     shifted = load_corrupted(made / "store", made / "suite", "validation", "sound_shift", 3)[0][0]
     assert (load_sequences(made / "store", "validation")[0].audio_ok & ~shifted.audio_ok).sum() in (FPS - 1, FPS, FPS + 1)
@@ -203,11 +224,11 @@ def test_all_conditions_of_the_runs_that_are_compared(made, runs, tmp_path, monk
     # cut off after the first condition: goes on, and ends at the same bytes
     seen, original = [], robustness.predict_condition
 
-    def interrupted(runs_, store, folder, split, condition):
+    def interrupted(runs_, store, folder, split, condition, scratch):
         seen.append(condition.family)
         if seen == ["clean", condition.family] and condition.family != "clean":
             raise KeyboardInterrupt
-        return original(runs_, store, folder, split, condition)
+        return original(runs_, store, folder, split, condition, scratch)
 
     monkeypatch.setattr(robustness, "predict_condition", interrupted)
     with pytest.raises(KeyboardInterrupt):

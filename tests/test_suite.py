@@ -1,16 +1,19 @@
 """Copies that are corrupted on purpose, and the cues that should notice: each changes what it says and nothing else."""
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from clips import talking
+from clips import annotate, talking, write_video
 
-from sage_nb import suite
+from sage_nb import corruption, suite
+from sage_nb.affwild2 import Corpus
 from sage_nb.core import DataError, read_arrays, write_arrays, write_json
 from sage_nb.backbones import save_encoder
 from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.features import CUE_OWNERS, CUES, encode_corpus, load_sequences, observation_cues
-from sage_nb.suite import encode_copies
+from sage_nb.suite import encode_copies, encode_corrupted
 
 FPS, COUNT, RATE = 25, 260, 16000
 TIMES = np.arange(COUNT) / FPS
@@ -149,6 +152,19 @@ def test_somebody_else_is_of_another_group_of_the_same_split(made, monkeypatch):
         a=(["b", "c"], ["b"]), b=(["a", "c", "d"], ["a", "d"]), c=(["a", "b", "d"], ["a", "b", "d"]), d=(["b", "c"], ["b"]), e=([], []))
 
 
+def test_somebody_else_is_looked_at_anew_when_prepared_again(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for found, sound in (([1, 2], 0.1 * voice(120)), ([4], 0.4 * voice(120))):
+        ok = np.isin(np.arange(COUNT), found)
+        write_arrays(path, dict(crops=look(found[0]), visual_ok=ok, sound=sound))
+        crops, places = suite._face_of(*suite._as_it_is(path))
+        rows, loud = suite._voice_of(*suite._as_it_is(path))
+        assert np.array_equal(crops[:], look(found[0])) and places.tolist() == found
+        assert np.array_equal(rows[:], sound) and loud == suite._loudness(sound)
+    assert suite._voice_of(*suite._as_it_is(path))[0] is rows  # the same file is read once
+    assert suite._face_of.cache_info().maxsize and suite._voice_of.cache_info().maxsize
+
+
 # --- what happens in a stretch
 
 FACES, OTHER = look(0)[:30], look(60)[:7]
@@ -235,6 +251,19 @@ def test_loudness_is_that_of_speech_not_of_pauses():
     assert suite._loudness(np.r_[tone, np.zeros(4 * RATE, np.float32)]) == pytest.approx(0.1 / np.sqrt(2), rel=0.02)
 
 
+def test_a_long_sound_is_corrupted_as_a_whole_one(tmp_path, monkeypatch):
+    sound, others = voice(120, 2.0), [voice(200, 0.7, seed=1), np.zeros(50, np.float32), voice(300, 3.0, seed=2)]
+    active = np.arange(len(sound)) // 3001 % 2 == 0
+    for family in ("noise", "babble", "clipping"):
+        made = []
+        for block in (1 << 19, 997, 100):  # the last ones shorter than a fade
+            monkeypatch.setattr(corruption, "_BLOCK", block)
+            for folder in (None, tmp_path):
+                made.append(corruption.corrupt_sound(sound, RATE, active, family, 2, np.random.default_rng(0), others, folder)[:])
+        assert np.array_equal(made[0], made[1]) and made[0].dtype == np.float32 and not np.array_equal(made[0], sound)
+        assert all(np.allclose(made[0], other, atol=1e-7) for other in made[2:]), family
+
+
 # --- cues
 
 def cues(**changes):
@@ -302,3 +331,48 @@ def test_cues_of_a_clip_without_sound_and_of_one_that_starts_late():
     late = cues(sound=voice(120, 4.0), sound_start=3.0, audio_ok=(TIMES >= 3) & (TIMES < 7))
     alone = cues(sound=np.r_[np.zeros(3 * RATE, np.float32), voice(120, 4.0)], audio_ok=(TIMES >= 3) & (TIMES < 7))
     assert late["timbre"] == pytest.approx(alone["timbre"], nan_ok=True) and np.isfinite(late["timbre"][80:170]).all()
+
+
+# --- memory
+
+FEW = ("occlusion-1", "babble-1")  # sight and sound; the others are said to be there already
+
+
+def make_long(root, count, net):
+    "Two people's videos of so many small pictures, prepared and encoded by hand, with wide features."
+    faces = [cv2.resize(image, (96, 96), interpolation=cv2.INTER_AREA) for image in talking(30)]
+    everywhere, rng = np.ones(count, bool), np.random.default_rng(0)
+    crops = np.stack([cv2.resize(face, (48, 48), interpolation=cv2.INTER_AREA) for face in faces])[np.arange(count) % 30]
+    for name in "tu":
+        write_video(root / "videos" / f"{name}.avi", [faces[k % 30] for k in range(count)], np.arange(count) / 30)
+        annotate(root / "VA_Estimation_Challenge/Validation_Set" / f"{name}.txt", [(0.1, 0.2)] * count)
+        sound = rng.uniform(-0.3, 0.3, count * RATE // 30).astype(np.float32)
+        seen = dict(visual_ok=everywhere, audio_ok=everywhere)
+        write_arrays(root / "prepared" / f"{name}.safetensors", seen | dict(
+            crops=crops, score=np.ones(count, np.float32), box=np.full((count, 4), 40, np.float32), time=np.arange(count) / 30, sound=sound),
+            dict(sound_start=0.0, has_sound=True))
+        wide = {kind: rng.standard_normal((count, 64), np.float32) for kind in ("visual", "audio")}
+        write_arrays(root / "store" / f"{name}.safetensors", seen | wide, dict(group=name))
+    write_json(root / "store/index.json", {name: dict(split="validation", group=name) for name in "tu"})
+    for family, about in corruption.FAMILIES.items():
+        for severity in (1, 2, 3) if about.level == "media" else ():
+            for name in "tu":
+                if name == "u" or f"{family}-{severity}" not in FEW:
+                    write_arrays(root / "suite" / f"{family}-{severity}" / f"{name}.safetensors", {})
+    for kind, encoder in net.items():
+        save_encoder(root / "encoders" / f"{kind}.safetensors", encoder)
+    return root
+
+
+def test_memory_does_not_depend_on_the_length_of_a_corrupted_video(tmp_path):
+    torch.manual_seed(0)
+    net, peaks = dict(visual=VisualEncoder(), audio=AudioEncoder()), []
+    for count in (1400, 2800):  # the short one is longer than any block
+        root = make_long(tmp_path / str(count), count, net)
+        tracemalloc.start()  # counts arrays to the byte, and not what the nets need
+        encode_corrupted(Corpus(root), root / "prepared", root / "encoders", root / "store", root / "suite", workers=1)
+        peaks.append(tracemalloc.get_traced_memory()[1] / 1e6)
+        tracemalloc.stop()
+        arrays = [read_arrays(root / "suite" / name / "t.safetensors")[0] for name in FEW]
+        assert all(len(a["corrupted"]) == count and 0.4 < a["corrupted"].mean() < 0.6 for a in arrays)
+    assert peaks[1] - peaks[0] < 8, peaks
