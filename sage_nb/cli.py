@@ -12,11 +12,6 @@ from .core import DataError, progress, write_json
 __all__ = ['check', 'submit', 'check_submitted', 'main']
 
 # %% ../nbs/23_cli.ipynb #b0bbd43b
-def _line(text: object) -> str:
-    "One line that a terminal and a file can hold, whatever there is in a name."
-    return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(text))
-
-
 def _plain(value):
     "What JSON can hold: no missing values of pandas, no numbers of numpy."
     return None if value != value else value.item() if hasattr(value, "item") else value
@@ -27,14 +22,30 @@ def _records(table) -> list[dict]:
     return [{name: _plain(value) for name, value in row.items()} for row in values.to_dict("records")]
 
 
+def _keep_private(out: Path, corpus: Path) -> None:
+    "What is made of a corpus that is not the sample goes where git does not look; `DataError` else."
+    from sage_nb.pipeline import is_sample
+
+    folder = next(folder for folder in out.resolve().parents if folder.is_dir())
+    try:
+        ignored = subprocess.run(["git", "check-ignore", "-q", out.resolve()], cwd=folder, capture_output=True).returncode
+    except FileNotFoundError:  # no git, no repository
+        return
+    if ignored == 1 and not any(is_sample(Path.cwd(), {part: str(corpus)}) for part in ("corpus", "pretrain")):  # 128: not in a repository
+        raise DataError(f"{out}: git would take this file, and what is made of a closed corpus may not be published; "
+                        "write it into results-local/, or outside of any repository")
+
+
 def check(
     root: str | Path,  # a folder in Aff-Wild2's layout
     json: str | Path | None = None,  # a file for the machine-readable copy
     decode: bool = False,  # decode everything, which takes hours instead of a minute
 ) -> int:  # 0 = clean, 1 = oddities, 2 = a trial is broken
     "Print what is there, what is odd and what is broken in a corpus."
-    from sage_nb.affwild2 import Corpus, summarise
+    from sage_nb.affwild2 import Corpus, _printable, summarise
 
+    if json:
+        _keep_private(Path(json), Path(root))
     look = None
     if decode:
         from sage_nb.media import look_closely as look
@@ -42,7 +53,7 @@ def check(
         corpus = Corpus(root)
     except DataError as error:
         if json:
-            write_json(json, dict(root=_line(root), exit_code=2, splits=[], trials=[dict(trial="", problem=_line(error), oddities=[])]))
+            write_json(json, dict(root=_printable(root), exit_code=2, splits=[], trials=[dict(trial="", problem=_printable(error), oddities=[])]))
         raise
     table = corpus.check(look, workers=0 if len(corpus.videos) >= (8 if decode else 100) else 1)  # processes take a second to start
     broken, strange = table.problem != "", table.oddities != ""
@@ -51,10 +62,10 @@ def check(
     if json:
         trials = [row | {"oddities": [dict(kind=kind, text=text) for kind, text in odd]}
                   for row, odd in zip(_records(table.drop(columns=["odd", "oddities"])), table.odd)]
-        write_json(json, dict(root=_line(root), exit_code=code, splits=_records(there), trials=trials))
+        write_json(json, dict(root=_printable(root), exit_code=code, splits=_records(there), trials=trials))
     trials, idle = table.trial != "", table.oddities == "no trial belongs to this video"
     tables = [part.to_string(index=False, na_rep="", float_format="{:.3g}".format) for part in (there, kinds) if len(part)]
-    total = (f"{_line(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
+    total = (f"{_printable(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
              f"{(trials & broken).sum()} unusable; {idle.sum()} videos without a trial")
     try:
         print(*tables, total, sep="\n\n", flush=True)
@@ -65,22 +76,6 @@ def check(
     return code
 
 # %% ../nbs/23_cli.ipynb #abacde16
-def _keep_private(out: Path, corpus: Path) -> None:
-    "What is made of a corpus that is not the sample goes where git does not look; `DataError` else."
-    from sage_nb.pipeline import is_sample
-
-    if out.resolve().parent == corpus.resolve():
-        raise DataError(f"{out}: would be taken for the corpus' own list; write it into another folder")
-    folder = next(folder for folder in out.resolve().parents if folder.is_dir())
-    try:
-        ignored = subprocess.run(["git", "check-ignore", "-q", out.resolve()], cwd=folder, capture_output=True).returncode
-    except FileNotFoundError:  # no git, no repository
-        return
-    if ignored == 1 and not is_sample(Path.cwd(), {"corpus": str(corpus)}):  # 128: not in a repository
-        raise DataError(f"{out}: git would take this file, and what is predicted on a closed corpus may not be published; "
-                        "write it into results-local/, or outside of any repository")
-
-
 def _test_list(corpus: str | Path) -> Path:
     "The organisers' list in a corpus' folder; without one, `DataError`."
     from sage_nb.affwild2 import Corpus
@@ -97,12 +92,14 @@ def submit(
     out: str | Path,  # the file to write
 ) -> int:  # 0
     "Predict the test trials with a run, write the submission file and read it back."
-    from sage_nb.affwild2 import check_submission, read_test_list, write_submission
+    from sage_nb.affwild2 import _printable, check_submission, read_test_list, write_submission
     from sage_nb.core import read_json
     from sage_nb.features import load_sequences
     from sage_nb.training import load_run, predict_sequences
 
     test_list = _test_list(corpus)
+    if Path(out).resolve().parent == Path(corpus).resolve():
+        raise DataError(f"{out}: would be taken for the corpus' own list; write it into another folder")
     _keep_private(Path(out), Path(corpus))
     try:
         model, selection = load_run(run), read_json(Path(run) / "run.json").get("selection", "what it was given")
@@ -120,7 +117,7 @@ def submit(
             raise DataError(f"{features}: {str(error).partition(';')[0]}; give the feature store that {run} was trained on") from None
     write_submission(out, test_list, predictions)
     rows = check_submission(out, test_list)
-    print(f"{_line(out)}: {rows} rows of {len(predictions)} trials, as {_line(test_list.name)} asks, by {_line(run)}, selected on {_line(selection)}")
+    print(f"{_printable(out)}: {rows} rows of {len(predictions)} trials, as {_printable(test_list.name)} asks, by {_printable(run)}, selected on {_printable(selection)}")
     return 0
 
 
@@ -129,10 +126,10 @@ def check_submitted(
     corpus: str | Path,  # the corpus' folder, with the organisers' list in it
 ) -> int:  # 0
     "Compare a submission, whoever wrote it, with the organisers' list."
-    from sage_nb.affwild2 import check_submission
+    from sage_nb.affwild2 import _printable, check_submission
 
     test_list = _test_list(corpus)
-    print(f"{_line(path)}: {check_submission(path, test_list)} rows, as {_line(test_list.name)} asks")
+    print(f"{_printable(path)}: {check_submission(path, test_list)} rows, as {_printable(test_list.name)} asks")
     return 0
 
 # %% ../nbs/23_cli.ipynb #46f18093
@@ -180,7 +177,9 @@ def main(
         make_sample(chosen.out, seed=chosen.seed, subjects=dict(chosen.subjects), nuisances=not chosen.no_nuisances, seconds=tuple(chosen.seconds))
         return 0
     except DataError as error:
-        print(f"sage-nb: {_line(error)}", file=sys.stderr)
+        from sage_nb.affwild2 import _printable
+
+        print(f"sage-nb: {_printable(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

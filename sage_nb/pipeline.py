@@ -12,7 +12,7 @@ from . import core
 from .core import DataError
 
 # %% auto #0
-__all__ = ['GIVEN', 'TOLERANCE', 'GAIN_TOLERANCE', 'RECORDS', 'read_params', 'read_stages', 'notebook_parameters',
+__all__ = ['GIVEN', 'WORKERS', 'TOLERANCE', 'GAIN_TOLERANCE', 'RECORDS', 'read_params', 'read_stages', 'notebook_parameters',
            'stage_parameters', 'is_sample', 'check_params', 'imported_modules', 'import_closure', 'provenance',
            'execute', 'PeakMemory', 'run_stage', 'write_sources', 'launch_dvc', 'fetch_sample', 'repro',
            'table_differences', 'verify', 'render_readme', 'write_readme', 'bench', 'main']
@@ -36,7 +36,7 @@ def read_params(
 def read_stages(
     root: Path,
     paths: dict[str, str],  # section `paths` of params.yaml
-) -> dict[str, dict]:  # stage -> notebook, deps, outs: path -> (its name in `paths`, rest of the path), cached: paths of outs not in git, apart: runs only when named
+) -> dict[str, dict]:  # stage -> notebook, deps, outs: path -> (its name in `paths`, rest of the path), cached: paths of outs not in git, tracked: parameters that make it stale, apart: runs only when named
     "Read those stages of `dvc.yaml` that run a notebook."
 
     def fill(text: str) -> str:
@@ -59,7 +59,7 @@ def read_stages(
             outs[fill(out)] = (name, rest)
             cached += [fill(out)] * about.get("cache", True)
         stages[stage] = dict(notebook=notebook, deps=[fill(dep) for dep in entry["deps"]], outs=outs, cached=cached,
-                             apart=entry.get("meta", {}).get("apart", False))
+                             tracked=entry.get("params", []), apart=entry.get("meta", {}).get("apart", False))
     return stages
 
 # %% ../nbs/22_pipeline.ipynb #582efa70
@@ -73,6 +73,7 @@ def notebook_parameters(
 
 
 GIVEN = ("provenance", "scratch")  # parameters that the runner gives
+WORKERS = "scheduler"  # the parameter that says who does the work, and nothing of what comes out
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number, written like 0.001", str: "text", list: "a list",
           dict: "a group of `name: value` lines"}
 
@@ -160,6 +161,8 @@ def check_params(
             raise DataError(f"params.yaml: paths.{name} is not used by any stage; remove it or use one of: {', '.join(sorted(used))}")
     for stage, entry in stages.items():
         stage_parameters(root, stage, root / "nbs" / Path(entry["notebook"]).name)
+        if stage not in entry["tracked"] and (untracked := [name for name in params.get(stage, {}) if name != WORKERS and f"{stage}.{name}" not in entry["tracked"]]):
+            raise DataError(f"dvc.yaml: the params of stage {stage} lack {stage}.{untracked[0]}, so a change of it would run nothing; add it")
     paths, sample = params["paths"], is_sample(root, params["paths"])
     written = {out for entry in stages.values() for out in entry["outs"]}
     for name, path in paths.items():
@@ -344,18 +347,19 @@ def run_stage(
     notebook, began = root / entry["notebook"], time.monotonic()
 
     def record() -> dict:
-        return provenance(root, stage, entry["deps"], stage_parameters(root, stage, notebook))
+        parameters = stage_parameters(root, stage, notebook)
+        return provenance(root, stage, entry["deps"], {name: value for name, value in parameters.items() if name != WORKERS})
 
-    before = record()
+    values, before = stage_parameters(root, stage, notebook), record()
     if set(entry["outs"]) - set(entry["cached"]) and not all(is_sample(root, {name: path}) for name, path in _corpora(before)):
         _check_results(root, read_params(root)["paths"]["results"])
     listed = {Path(dep).stem for dep in entry["deps"] if dep.startswith("sage_nb/")}
     if listed != (imported := import_closure(notebook, root / "sage_nb")):
         names = ", ".join(f"sage_nb/{name}.py" for name in sorted(listed ^ imported))
         raise DataError(f"dvc.yaml: the deps of stage {stage} are not what its notebook imports; add or remove {names}")
-    state = root / ".work" / stage / core.value_hash(before)
+    lasting = {name: value for name, value in before["parameters"].items() if name != "skip_broken"}  # which changes no trial that is done
+    state = root / ".work" / stage / core.value_hash(before | dict(parameters=lasting))
     _remove_leftovers(state)
-    values = dict(before["parameters"])
     for name, rest in entry["outs"].values():
         (state / name / rest).mkdir(parents=True, exist_ok=True)
         values[name] = str((state / name).relative_to(root))
@@ -645,8 +649,9 @@ def bench(
             print(bench_text(write_bench(path)), end="")
         else:
             corpus = root / read_params(root).get("paths", {}).get("corpus", "data/corpus")
+            own = corpus.is_dir() and is_sample(root, {"corpus": str(corpus)})
             (root / ".work").mkdir(exist_ok=True)
-            print(extraction_text(write_extraction(path, corpus if corpus.is_dir() else None, scratch=root / ".work")), end="")
+            print(extraction_text(write_extraction(path, corpus if own else None, scratch=root / ".work")), end="")
         print(f"written to {path.relative_to(root)}\n", flush=True)
 
 # %% ../nbs/22_pipeline.ipynb #72173329

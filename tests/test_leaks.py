@@ -15,8 +15,9 @@ import yaml
 from conftest import ROOT, commit, environment, pipeline
 from test_pipeline import make_project, real_data, set_params
 
+from sage_nb import efficiency
 from sage_nb.core import write_json
-from sage_nb.pipeline import is_sample, provenance, read_params, read_stages, stage_parameters, write_sources
+from sage_nb.pipeline import bench, is_sample, provenance, read_params, read_stages, stage_parameters, write_sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # in DVC
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -195,6 +196,15 @@ def test_the_hook_refuses_notebooks_with_outputs_and_what_was_forced(checkout):
     assert git(checkout, "show", "--name-status", "--format=").stdout == "D\tREADME.md\nA\ttests/test_more.py\n"
 
 
+def test_the_hook_says_nothing_of_a_commit_that_adds_nothing(checkout):
+    assert subprocess.run(["make", "-s", "hook"], cwd=checkout, env=environment(checkout), capture_output=True, text=True).stderr == ""
+    (checkout / "README.md").unlink()
+    for arguments in (["-a", "-m", "one file less"], ["--amend", "-m", "in other words"], ["--allow-empty", "-m", "nothing"]):
+        done = git(checkout, "commit", "-q", *arguments, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), arguments
+    assert git(checkout, "log", "--format=%s").stdout.splitlines()[:2] == ["nothing", "in other words"]
+
+
 def test_a_hook_that_is_there_stays_and_none_is_put_elsewhere(checkout, tmp_path):
     hook = checkout / ".git/hooks/pre-commit"
     hook.parent.mkdir(exist_ok=True)
@@ -285,7 +295,38 @@ def test_what_is_pushed_by_force_stays_out_of_git(checkout):
     assert set(git(checkout, "ls-files", "sample-remote").stdout.split()) == before
 
 
+def test_naming_a_scheduler_makes_nothing_stale(checkout, monkeypatch):
+    from dvc.repo import Repo
+
+    add_stages(checkout)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(checkout / ".work/site"))
+    monkeypatch.chdir(checkout)
+    text = (checkout / "params.yaml").read_text()
+
+    def stale(old: str, new: str) -> set[str]:
+        assert text.count(old) == 1
+        (checkout / "params.yaml").write_text(text.replace(old, new))
+        return set(Repo(str(checkout)).status())
+
+    assert stale("&scheduler null", "&scheduler tcp://host:8786") == set()
+    assert stale("&detect_every 5", "&detect_every 4") == {"prepare", "corrupt", "replicate"}
+    assert stale("&skip_broken false", "&skip_broken true") == {"prepare", "encode", "replicate"}
+    assert stale("  visual: {}", "  visual: {encoder: ir50, weights: w}") == {"pretrain", "replicate"}
+
+
 # --- results
+
+@pytest.mark.parametrize("name, measured", [("videos/tra002.mp4", True), ("videos/4-30-1920x1080.mp4", False)])
+def test_a_closed_corpus_is_not_measured_into_what_git_takes(tmp_path, monkeypatch, name, measured):
+    plant(tmp_path, "data/corpus/videos/tra001.mp4", "data/sample.json", f"data/corpus/{name}", "real/corpus/videos/4.mp4")
+    given = []
+    monkeypatch.setattr(efficiency, "write_extraction", lambda path, corpus, scratch: given.append(corpus))
+    monkeypatch.setattr(efficiency, "extraction_text", str)
+    for corpus in ("data/corpus", "real/corpus", str(tmp_path / "real/corpus"), "data/none"):
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(paths=dict(corpus=corpus))))
+        bench(tmp_path, "extraction")
+    assert given == [tmp_path / "data/corpus" if measured else None, None, None, None]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:

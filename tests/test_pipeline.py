@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,9 @@ import pytest
 import yaml
 
 from conftest import ROOT, commit, environment, pipeline
+
+from sage_nb.core import DataError
+from sage_nb.pipeline import check_params, run_stage, write_sources
 
 PARAMS = dict(paths=dict(corpus="data/corpus", truth="data/truth", items="work/items", results="results"),
               make=dict(count=6, scale=2.0, pause=0.0), report=dict(title="squares"))
@@ -316,6 +320,35 @@ def test_a_changed_parameter_starts_from_nothing(project):
     set_params(project, make=dict(pause=0.0, scale=3.0))
     done = pipeline(project, "repro")
     assert done.returncode == 0 and "kept" not in done.stdout
+
+
+def test_what_changes_no_byte_of_a_trial_keeps_all_that_is_done(project, capsys):
+    path = project / "nbs/20_stage_make.ipynb"
+    notebook(path, 'corpus = "c"\nitems = "i"\ncount = 1\nscale = 1.0\npause = 0.0\nscheduler = None\nskip_broken = False', MAKE)
+    add_code(path, 'print("by", scheduler)\nif not skip_broken:\n    raise core.DataError("trial 6: broken; mend it")')
+    write_sources(project)
+
+    def run(**changes):
+        set_params(project, make=dict(scheduler=None, skip_broken=False) | changes)
+        with nullcontext() if changes.get("skip_broken") else pytest.raises(DataError, match="^trial 6: broken; mend it$"):
+            run_stage(project, "make")
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("made", "kept", "by"))]
+
+    made, kept = ([f"{word} {i}" for i in range(6)] for word in ("made", "kept"))
+    assert run() == [*made, "by None"]
+    assert run(scale=3.0) == [*made, "by None"]  # another trial
+    assert run(scale=3.0, skip_broken=True, scheduler="tcp://host:8786") == [*kept, "by tcp://host:8786"]
+    about = json.loads((project / "work/items/stage.json").read_text())["parameters"]
+    assert about["skip_broken"] is True and about["scale"] == 3.0 and "scheduler" not in about
+    assert not (project / ".work/make").exists()
+
+
+def test_a_parameter_that_dvc_does_not_follow_is_refused(project):
+    (project / "dvc.yaml").write_text(STAGES.replace("params: [make]", "params: [make.count, make.scale]"))
+    with pytest.raises(DataError, match="^dvc.yaml: the params of stage make lack make.pause, so a change of it would run nothing; add it$"):
+        check_params(project)
+    (project / "dvc.yaml").write_text(STAGES.replace("params: [make]", "params: [make.count, make.scale, make.pause]"))
+    check_params(project)
 
 
 def wait_for(condition, seconds: float = 60.0):

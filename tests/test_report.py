@@ -1,11 +1,13 @@
 """The report on a corpus: what is planted is found, nothing else is, and what it calls unusable cannot be read."""
 import json
+import re
 import subprocess
 import sys
 import warnings
 from fractions import Fraction
 
 import av
+import corpora
 import numpy as np
 import pytest
 from clips import annotate, beeps, talking, wall, write_video
@@ -52,6 +54,23 @@ def test_every_planted_oddity_is_found_and_nothing_else(tree, tmp_path, capsys):
         line = next(line for line in told.out.splitlines() if line.strip().startswith(f"{kind}  "))
         counts = [sum(kind in planted[trial["trial"]] for trial in report["trials"] if trial["split"] == split) for split in ("train", "validation", "test")]
         assert line.split(kind)[1].split()[:4] == [*map(str, counts), "0"]
+
+
+def test_the_verdict_on_a_tree_of_full_size_can_be_read_and_can_fail(tmp_path, capsys, monkeypatch):
+    "What `python tests/corpora.py` prints last, at a small size."
+    def verdict(name, **limit):
+        code = corpora.main(tmp_path / name, videos=60, longest=300, **limit)
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert re.match(r"60 videos of up to 300 pictures, \d+ cores: checked in \d+\.\d s, ", line)
+        return code, line.partition(" s, ")[2]
+
+    assert verdict("right") == (0, "all that was planted was found, and nothing else")
+    assert verdict("slow", limit=0.0) == (1, "NOT as promised: more than 0 s")
+    plant = official_tree
+    monkeypatch.setattr(corpora, "official_tree", lambda *size: ((made := plant(*size))[0] | {"1": {"no such oddity"}}, *made[1:]))
+    assert verdict("missed") == (1, "NOT as promised: 1 differences from what was planted")
+    monkeypatch.setattr(corpora, "official_tree", lambda *size: (*plant(*size)[:2], {}))
+    assert verdict("more") == (1, "NOT as promised: 3 differences from what was planted")
 
 
 def test_the_report_is_the_same_on_one_core_and_on_two(tmp_path):
@@ -150,6 +169,35 @@ def test_the_json_is_written_even_for_what_is_no_corpus(tmp_path):
     assert main(["check", str(tmp_path / "nowhere"), "--json", str(tmp_path / "r.json")]) == 2
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["exit_code"] == 2 and "no such folder" in report["trials"][0]["problem"]
+
+
+def test_the_json_of_a_closed_corpus_is_not_written_where_git_takes_it(root, tmp_path, capsys, monkeypatch):
+    (home := tmp_path / "home").mkdir()
+    subprocess.run(["git", "init", "-q"], cwd=home, check=True)
+    (home / ".gitignore").write_text("/results-local/\n")
+    monkeypatch.chdir(home)
+    for corpus in (root, tmp_path / "nowhere"):
+        for out in ("results/report.json", "report.json", str(home / "results-local/../new/report.json")):
+            assert main(["check", str(corpus), "--json", out]) == 2
+            told = capsys.readouterr()
+            assert told.err.startswith(f"sage-nb: {out}: git would take this file") and told.err.count("\n") == 1 and not told.out
+    assert {path.name for path in home.iterdir()} == {".git", ".gitignore"}
+    for out in (home / "results-local/report.json", tmp_path / "report.json"):
+        assert main(["check", str(root), "--json", str(out)]) < 2 and out.is_file()
+
+
+@pytest.mark.parametrize("part", ["corpus", "pretrain"])
+def test_the_json_of_a_sample_may_lie_anywhere(tmp_path, clip, monkeypatch, part):
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    (videos := tmp_path / "made" / part / "videos").mkdir(parents=True)
+    (videos / "tra001.mp4").hardlink_to(clip)
+    annotate(tmp_path / "made" / part / "VA_Estimation_Challenge/Train_Set/tra001.txt", [[0.1, 0.2]] * COUNT)
+    assert main(["check", f"made/{part}", "--json", "report.json"]) == 2 and not (tmp_path / "report.json").exists()
+    (tmp_path / "made/sample.json").write_text("{}\n")
+    assert main(["check", f"made/{part}", "--json", "report.json"]) < 2 and (tmp_path / "report.json").is_file()
+    (videos / "4-30-1920x1080.mp4").hardlink_to(clip)
+    assert main(["check", f"made/{part}", "--json", "again.json"]) == 2 and not (tmp_path / "again.json").exists()
 
 
 def test_subjects_and_lists_that_contradict(root):
