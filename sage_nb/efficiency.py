@@ -262,11 +262,18 @@ def _smallest_videos(corpus: str | Path, pictures: int) -> list[Path]:
     return chosen
 
 
-def _enlarged(video: Path, path: Path, pictures: int, size: tuple[int, int]) -> Path:
-    "A clip of so many pixels (width, height) from the first pictures of a video, with sound."
+def _enlarged(video: Path, path: Path, pictures: int, size: tuple[int, int], grain: float = 0.0) -> Path:
+    "A clip of so many pixels (width, height) from the first pictures of a video, with sound; `grain`: deviation of the noise on it, of 255."
     images = [frame.image for frame, _ in zip(read_frames(video), range(pictures))]
-    sound = np.random.default_rng(0).uniform(-0.3, 0.3, len(images) * AUDIO_RATE // 30).astype(np.float32)
-    write_video(path, (cv2.resize(image, size, interpolation=cv2.INTER_CUBIC) for image in images), np.arange(len(images)) / 30, Fraction(30), sound)
+    rng = np.random.default_rng(0)
+    sound = rng.uniform(-0.3, 0.3, len(images) * AUDIO_RATE // 30).astype(np.float32)
+
+    def enlarged():
+        for image in images:
+            large = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+            yield (large + grain * rng.standard_normal((*large.shape[:2], 1), np.float32)).clip(0, 255).astype(np.uint8) if grain else large
+
+    write_video(path, enlarged(), np.arange(len(images)) / 30, Fraction(30), sound)
     return path
 
 
@@ -444,25 +451,28 @@ def measure_extraction(
             make_sample(folder / "sample", subjects=dict(pretrain=1, train=4, validation=1, test=1))
             corpus = folder / "sample/corpus"
         videos = _smallest_videos(corpus, pictures)
-        clips = {size: _enlarged(videos[0], folder / f"{size[1]}.mp4", enlarged, size) for size in ((640, 360), (1280, 720))}
-        speeds = {f"{width} x {height}": _decoding(folder / f"{height}", [clip] * 4, rounds) for (width, height), clip in clips.items()}
-        small, large = _decoding(folder / "small", videos, rounds), speeds["1280 x 720"]
+        small, speeds = _decoding(folder / "small", videos, rounds), {}
+        for width, height, grain in ((640, 360, 0), (640, 360, 20), (1280, 720, 0), (1280, 720, 20)):
+            clip = _enlarged(videos[0], folder / f"{height}-{grain}.mp4", enlarged, (width, height), grain)
+            megabits = clip.stat().st_size * 8 / 1e6 / (video_info(clip).frames / 30)
+            speeds[f"{width} x {height}, {megabits:.1f} Mbit/s"] = _decoding(folder / f"{height}-{grain}", [clip] * 4, rounds)
+        size, large = list(speeds.items())[2]
         given, known, found = "faces given, no picture decoded", "decoding and cropping, boxes known", "decoding and cropping, faces found"
-        rows += [_ratio(f"{given}, 1280 x 720 / decoding alone", large["given"], large["decoded"], 0.7),
+        rows += [_ratio(f"{given}, {size} / decoding alone", large["given"], large["decoded"], 0.7),
                  _ratio(f"{given}, the corpus's videos / decoding into arrays", small["given"], small["arrays"], 0.7),
                  _ratio(f"{given}, the corpus's videos / decoding alone", small["given"], small["decoded"])]
-        for size, speed in speeds.items():
-            rows += [_ratio(f"{known}, {size} / decoding alone", speed["cropped"], speed["decoded"], 0.7),
-                     _ratio(f"{known}, {size} / decoding into arrays", speed["cropped"], speed["arrays"])]
+        for name, speed in speeds.items():
+            rows += [_ratio(f"{known}, {name} / decoding alone", speed["cropped"], speed["decoded"], 0.7),
+                     _ratio(f"{known}, {name} / decoding into arrays", speed["cropped"], speed["arrays"])]
         rows += [_ratio(f"{known}, the corpus's videos / decoding into arrays", small["cropped"], small["arrays"], 0.7),
                  _ratio(f"{known}, the corpus's videos / decoding alone", small["cropped"], small["decoded"]),
-                 _ratio(f"{found}, 1280 x 720 / decoding alone", large["found"], large["decoded"]),
+                 _ratio(f"{found}, {size} / decoding alone", large["found"], large["decoded"]),
                  _ratio(f"{found}, the corpus's videos / decoding into arrays", small["found"], small["arrays"])]
         if cores() > 1:
             rows.append(_processes(folder / "processes", videos, seconds * small["found"], max(rounds - 1, 1)))
         else:
             left_out.append("two processes against one: there is one core")
-        [prepared, *_] = sorted((folder / "720/given/0").glob("*.safetensors"))
+        [prepared, *_] = sorted((folder / "720-0/given/0").glob("*.safetensors"))
         torch.manual_seed(0)
         lineage = dict(visual=build_encoder("visual", "ir50"), audio=build_encoder("audio", "vggish", centre=0))
         rows += [_ratio("encoding, IR-50 and VGGish / the bare networks", *_encoding(folder, prepared, lineage, rounds), 0.9),

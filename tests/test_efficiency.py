@@ -202,7 +202,7 @@ def test_extraction_is_measured_and_nothing_is_left(corpus, tmp_path, monkeypatc
     assert built == [("visual", "ir50", {}), ("audio", "vggish", dict(centre=0))]
     assert set(record) == {"processor", "cores", "torch", "rows", "left_out"} and record["left_out"] == []
     rows = {row["name"]: row for row in record["rows"]}
-    assert len(rows) == len(record["rows"]) == 16
+    assert len(rows) == len(record["rows"]) == 20
     for row in rows.values():
         assert list(row) == ["name", "value", "unit", "sides", "bar", "met"] and min(row["sides"]) > 0
         one, other = row["sides"]
@@ -211,7 +211,7 @@ def test_extraction_is_measured_and_nothing_is_left(corpus, tmp_path, monkeypatc
             word, bound = row["bar"].rsplit(" ", 1)
             assert row["met"] == (row["value"] >= float(bound) if word == "at least" else row["value"] < float(bound))
     bars = [row["bar"] for row in rows.values() if row["bar"]]
-    assert bars == ["at least 0.7"] * 5 + ["at least 1.7", "at least 0.9", "at least 20", "below 100"]
+    assert bars == ["at least 0.7"] * 7 + ["at least 1.7", "at least 0.9", "at least 20", "below 100"]
     text = extraction_text(record)
     assert all(name in text for name in rows) and text.count("MISSED") == sum(row["met"] is False for row in rows.values())
 
@@ -221,7 +221,7 @@ def test_what_a_machine_cannot_show_is_left_out_and_said(corpus, monkeypatch):
     monkeypatch.setattr(efficiency.sys, "platform", "other")
     small_encoders(monkeypatch)
     rows, left_out = measure_extraction(corpus, pictures=1, enlarged=4, trials=1, rounds=1)
-    assert len(rows) == 14 and left_out == ["two processes against one: there is one core", "peak memory: only Linux tells it"]
+    assert len(rows) == 18 and left_out == ["two processes against one: there is one core", "peak memory: only Linux tells it"]
     text = extraction_text(dict(rows=[dict(rows[0], met=False), dict(rows[1], met=True)], left_out=left_out))
     assert text.count("MISSED") == 1 and text.count(" met\n") == 1 and text.endswith("left out: peak memory: only Linux tells it\n")
 
