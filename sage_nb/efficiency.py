@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .affwild2 import Corpus, video_info
 from .backbones import build_encoder, save_encoder
 from .baselines import build_model
-from .core import DataError, cores, parallel_map, progress, write_arrays, write_json, write_text
+from .core import DataError, cores, parallel_map, progress, read_arrays, write_arrays, write_json, write_text
 from .encoders import AUDIO_RATE, AudioEncoder, VisualEncoder
 from .features import CUE_OWNERS, encode_corpus, encode_trial, load_sequences, prepare_corpus, read_prepared
 from .interaction import Estimator, TemporalConv
 from .losses import va_loss
-from .media import read_frames, read_sound
+from .media import crop_face, read_frames, read_sound
 from .sample import make_sample, write_video
 from .training import matching_width
 from .windows import Batch, training_batches
@@ -262,11 +262,18 @@ def _smallest_videos(corpus: str | Path, pictures: int) -> list[Path]:
     return chosen
 
 
-def _enlarged(video: Path, path: Path, pictures: int) -> Path:
-    "A clip of 1280 x 720 pixels from the first pictures of a video, with sound."
+def _enlarged(video: Path, path: Path, pictures: int, size: tuple[int, int], grain: float = 0.0) -> Path:
+    "A clip of so many pixels (width, height) from the first pictures of a video, with sound; `grain`: deviation of the noise on it, of 255."
     images = [frame.image for frame, _ in zip(read_frames(video), range(pictures))]
-    sound = np.random.default_rng(0).uniform(-0.3, 0.3, len(images) * AUDIO_RATE // 30).astype(np.float32)
-    write_video(path, (cv2.resize(image, (1280, 720), interpolation=cv2.INTER_CUBIC) for image in images), np.arange(len(images)) / 30, Fraction(30), sound)
+    rng = np.random.default_rng(0)
+    sound = rng.uniform(-0.3, 0.3, len(images) * AUDIO_RATE // 30).astype(np.float32)
+
+    def enlarged():
+        for image in images:
+            large = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+            yield (large + grain * rng.standard_normal((*large.shape[:2], 1), np.float32)).clip(0, 255).astype(np.uint8) if grain else large
+
+    write_video(path, enlarged(), np.arange(len(images)) / 30, Fraction(30), sound)
     return path
 
 
@@ -299,8 +306,20 @@ def _decode(videos: list[Path], arrays: bool) -> int:
     return count
 
 
+def _crop(videos: list[Path], prepared: list[Path]) -> int:
+    "Decode every picture and cut out the face where a prepared file of the same video has it. Returns the number of faces."
+    count = 0
+    for video, file in zip(videos, prepared):
+        arrays, _ = read_arrays(file, ["box", "visual_ok"])
+        boxes = arrays["box"][np.maximum.accumulate(np.where(arrays["visual_ok"], np.arange(len(arrays["box"])), 0))]
+        for frame, box in zip(read_frames(video), boxes, strict=True):
+            crop_face(frame.image, box)
+            count += 1
+    return count
+
+
 def _decoding(folder: Path, videos: list[Path], rounds: int) -> dict[str, float]:
-    "Pictures a second, by what is done: given and found (faces), decoded, arrays."
+    "Pictures a second, by what is done: found and given (faces), cropped (boxes known), decoded, arrays."
     pictures = _decode(videos, arrays=False)
     made = {faces: _linked_corpus(folder / faces, videos, faces == "given") for faces in ("given", "found")}
 
@@ -308,11 +327,14 @@ def _decoding(folder: Path, videos: list[Path], rounds: int) -> dict[str, float]
         prepare_corpus(made[faces], folder / faces / str(r), workers=1)
         return pictures
 
-    return _take_turns(dict(given=partial(prepare, "given"), decoded=lambda r: _decode(videos, False),
-                            found=partial(prepare, "found"), arrays=lambda r: _decode(videos, True)), rounds, "decoding")
+    def crop(r):
+        return _crop(videos, sorted((folder / "found" / str(r)).glob("*.safetensors")))
+
+    return _take_turns(dict(found=partial(prepare, "found"), cropped=crop, decoded=lambda r: _decode(videos, False),
+                            given=partial(prepare, "given"), arrays=lambda r: _decode(videos, True)), rounds, "decoding")
 
 
-def _processes(folder: Path, videos: list[Path], pictures: float) -> dict:
+def _processes(folder: Path, videos: list[Path], pictures: float, rounds: int) -> dict:
     "Two processes against one, on about so many pictures."
     count = sum(video_info(video).frames for video in videos)
     made = _linked_corpus(folder, videos * max(1, round(pictures / count)))
@@ -322,7 +344,7 @@ def _processes(folder: Path, videos: list[Path], pictures: float) -> dict:
         prepare_corpus(made, folder / f"{workers}-{r}", workers=workers)
         return pictures
 
-    best = _take_turns(dict(two=partial(prepare, 2), one=partial(prepare, 1)), 1, "processes")
+    best = _take_turns(dict(two=partial(prepare, 2), one=partial(prepare, 1)), rounds, "processes")
     return _ratio("decoding and finding faces: two processes / one", best["two"], best["one"], 1.7)
 
 # %% ../nbs/19_efficiency.ipynb #a73f62b7
@@ -361,14 +383,16 @@ def _reading(folder: Path, trials: int, frames: int, rounds: int) -> dict:
     everywhere = np.ones(frames, bool)
     for number in range(trials):
         visual, audio, cues, va = (rng.standard_normal((frames, size), np.float32) for size in (*sizes, 2))
-        write_arrays(folder / f"{number}.safetensors", dict(visual=visual, audio=audio, cues=cues, va=va, visual_ok=everywhere, audio_ok=everywhere,
-                                                            valid=everywhere), dict(group=f"{number}"))
+        seen = dict(visual=visual, audio=audio, cues=cues, visual_ok=everywhere, audio_ok=everywhere)
+        write_arrays(folder / f"{number}.safetensors", dict(seen, va=va, valid=everywhere), dict(group=f"{number}"))
+        write_arrays(folder / f"copies/{number}.safetensors", dict(seen, corrupted=np.ones((frames, 2), bool)))
     write_json(folder / "index.json", {f"{number}": dict(split="train") for number in range(trials)})
     sage = build_model("sage", *sizes, cue_owners=CUE_OWNERS)
     batch = made_up_batch(sage, 8, 300)
 
     def read(r):
-        return sum(int(batch.mask.sum()) for batch in training_batches(load_sequences(folder, "train"), 300, 8, np.random.default_rng(r)))
+        sequences = load_sequences(folder, "train", copies=True)
+        return sum(int(batch.mask.sum()) for batch in training_batches(sequences, 300, 8, np.random.default_rng(r)))
 
     def train(r):
         time_step(sage, batch)
@@ -413,8 +437,8 @@ def measure_extraction(
     corpus: str | Path | None = None,  # whose smallest videos serve; None: a few are rendered
     scratch: str | Path | None = None,  # a folder on whose disk to work, about 2 GB; default: the system's for temporary files
     pictures: int = 3000,  # of the corpus's videos
-    enlarged: int = 96,  # of the clip at 1280 x 720, and frames to encode
-    seconds: float = 60.0,  # of work for one process, to set two against it
+    enlarged: int = 96,  # of the enlarged clips, and frames to encode
+    seconds: float = 40.0,  # of work for one process, to set two against it
     trials: int = 12,  # in the store, of 3,900 frames each
     lengths: tuple[int, int] = (450, 45_000),  # frames of the short and of the long video
     rounds: int = 3,  # of which the best counts
@@ -427,19 +451,28 @@ def measure_extraction(
             make_sample(folder / "sample", subjects=dict(pretrain=1, train=4, validation=1, test=1))
             corpus = folder / "sample/corpus"
         videos = _smallest_videos(corpus, pictures)
-        clip = _enlarged(videos[0], folder / "clip.mp4", enlarged)
-        small, large = _decoding(folder / "small", videos, rounds), _decoding(folder / "large", [clip] * 4, rounds)
-        given, found = "decoding and cropping, faces given", "decoding and cropping, faces found"
-        rows += [_ratio(f"{given}, 1280 x 720 / decoding alone", large["given"], large["decoded"], 0.7),
+        small, speeds = _decoding(folder / "small", videos, rounds), {}
+        for width, height, grain in ((640, 360, 0), (640, 360, 20), (1280, 720, 0), (1280, 720, 20)):
+            clip = _enlarged(videos[0], folder / f"{height}-{grain}.mp4", enlarged, (width, height), grain)
+            megabits = clip.stat().st_size * 8 / 1e6 / (video_info(clip).frames / 30)
+            speeds[f"{width} x {height}, {megabits:.1f} Mbit/s"] = _decoding(folder / f"{height}-{grain}", [clip] * 4, rounds)
+        size, large = list(speeds.items())[2]
+        given, known, found = "faces given, no picture decoded", "decoding and cropping, boxes known", "decoding and cropping, faces found"
+        rows += [_ratio(f"{given}, {size} / decoding alone", large["given"], large["decoded"], 0.7),
                  _ratio(f"{given}, the corpus's videos / decoding into arrays", small["given"], small["arrays"], 0.7),
-                 _ratio(f"{given}, the corpus's videos / decoding alone", small["given"], small["decoded"]),
-                 _ratio(f"{found}, 1280 x 720 / decoding alone", large["found"], large["decoded"]),
+                 _ratio(f"{given}, the corpus's videos / decoding alone", small["given"], small["decoded"])]
+        for name, speed in speeds.items():
+            rows += [_ratio(f"{known}, {name} / decoding alone", speed["cropped"], speed["decoded"], 0.7),
+                     _ratio(f"{known}, {name} / decoding into arrays", speed["cropped"], speed["arrays"])]
+        rows += [_ratio(f"{known}, the corpus's videos / decoding into arrays", small["cropped"], small["arrays"], 0.7),
+                 _ratio(f"{known}, the corpus's videos / decoding alone", small["cropped"], small["decoded"]),
+                 _ratio(f"{found}, {size} / decoding alone", large["found"], large["decoded"]),
                  _ratio(f"{found}, the corpus's videos / decoding into arrays", small["found"], small["arrays"])]
         if cores() > 1:
-            rows.append(_processes(folder / "processes", videos, seconds * small["found"]))
+            rows.append(_processes(folder / "processes", videos, seconds * small["found"], max(rounds - 1, 1)))
         else:
             left_out.append("two processes against one: there is one core")
-        [prepared, *_] = sorted((folder / "large/given/0").glob("*.safetensors"))
+        [prepared, *_] = sorted((folder / "720-0/given/0").glob("*.safetensors"))
         torch.manual_seed(0)
         lineage = dict(visual=build_encoder("visual", "ir50"), audio=build_encoder("audio", "vggish", centre=0))
         rows += [_ratio("encoding, IR-50 and VGGish / the bare networks", *_encoding(folder, prepared, lineage, rounds), 0.9),

@@ -12,11 +12,13 @@ from torch import nn
 from sage_nb import efficiency, pipeline
 from sage_nb.backbones import ImageEncoder
 from sage_nb.baselines import build_model
-from sage_nb.core import DataError, read_arrays, read_json, write_json
+from sage_nb.core import DataError, read_arrays, read_json, write_arrays, write_json
 from sage_nb.efficiency import (FORMS, bars, bench_text, count_parameters, extraction_text, made_up_batch, measure, measure_extraction, multiply_adds,
                                 time_step, write_bench, write_extraction)
 from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.interaction import Estimator, Output, TemporalConv
+from sage_nb.media import crop_face
+from sage_nb.windows import training_batches
 
 SMALL = dict(batch=2, frames=20, visual_dim=6, audio_dim=5)
 
@@ -200,7 +202,7 @@ def test_extraction_is_measured_and_nothing_is_left(corpus, tmp_path, monkeypatc
     assert built == [("visual", "ir50", {}), ("audio", "vggish", dict(centre=0))]
     assert set(record) == {"processor", "cores", "torch", "rows", "left_out"} and record["left_out"] == []
     rows = {row["name"]: row for row in record["rows"]}
-    assert len(rows) == len(record["rows"]) == 10
+    assert len(rows) == len(record["rows"]) == 20
     for row in rows.values():
         assert list(row) == ["name", "value", "unit", "sides", "bar", "met"] and min(row["sides"]) > 0
         one, other = row["sides"]
@@ -209,7 +211,7 @@ def test_extraction_is_measured_and_nothing_is_left(corpus, tmp_path, monkeypatc
             word, bound = row["bar"].rsplit(" ", 1)
             assert row["met"] == (row["value"] >= float(bound) if word == "at least" else row["value"] < float(bound))
     bars = [row["bar"] for row in rows.values() if row["bar"]]
-    assert bars == ["at least 0.7", "at least 0.7", "at least 1.7", "at least 0.9", "at least 20", "below 100"]
+    assert bars == ["at least 0.7"] * 7 + ["at least 1.7", "at least 0.9", "at least 20", "below 100"]
     text = extraction_text(record)
     assert all(name in text for name in rows) and text.count("MISSED") == sum(row["met"] is False for row in rows.values())
 
@@ -219,7 +221,7 @@ def test_what_a_machine_cannot_show_is_left_out_and_said(corpus, monkeypatch):
     monkeypatch.setattr(efficiency.sys, "platform", "other")
     small_encoders(monkeypatch)
     rows, left_out = measure_extraction(corpus, pictures=1, enlarged=4, trials=1, rounds=1)
-    assert len(rows) == 8 and left_out == ["two processes against one: there is one core", "peak memory: only Linux tells it"]
+    assert len(rows) == 18 and left_out == ["two processes against one: there is one core", "peak memory: only Linux tells it"]
     text = extraction_text(dict(rows=[dict(rows[0], met=False), dict(rows[1], met=True)], left_out=left_out))
     assert text.count("MISSED") == 1 and text.count(" met\n") == 1 and text.endswith("left out: peak memory: only Linux tells it\n")
 
@@ -256,6 +258,30 @@ def test_both_sides_of_decoding_see_every_picture(corpus, tmp_path):
         assert [len(trial["crops"]) for trial in prepared] == [20, 30]
         assert all(trial["visual_ok"].all() and trial["crops"].any((1, 2, 3)).all() for trial in prepared)
         assert all(np.isnan(trial["box"]).all() == (faces == "given") for trial in prepared)
+
+
+def test_cropping_with_known_boxes_decodes_every_picture_and_cuts_what_preparing_cut(corpus, tmp_path, monkeypatch):
+    videos, crops = efficiency._smallest_videos(corpus, 50), []
+    monkeypatch.setattr(efficiency, "crop_face", lambda image, box: crops.append(crop_face(image, box)))
+    efficiency._decoding(tmp_path, videos, 1)
+    prepared = np.concatenate([read_arrays(path)[0]["crops"] for path in sorted((tmp_path / "found/0").glob("*.safetensors"))])
+    assert np.array_equal(crops, prepared)
+    short = tmp_path / "short.safetensors"
+    write_arrays(short, dict(box=np.ones((19, 4)), visual_ok=np.ones(19, bool)))
+    with pytest.raises(ValueError, match="shorter"):
+        efficiency._crop(videos[:1], [short])
+
+
+def test_windows_are_read_with_their_copies(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(efficiency, "training_batches", lambda sequences, *rest: read.extend(sequences) or training_batches(sequences, *rest))
+    efficiency._reading(tmp_path, 2, 320, 1)
+    assert len(read) == 2 and all(sequence.copy.corrupted.all() and np.array_equal(sequence.copy.visual, sequence.visual) for sequence in read)
+
+
+def test_two_processes_and_one_take_turns_in_every_round(corpus, tmp_path):
+    efficiency._processes(tmp_path, efficiency._smallest_videos(corpus, 1), 20, 2)
+    assert all((tmp_path / name / "index.json").is_file() for name in ("2-0", "1-0", "2-1", "1-1"))
 
 
 def test_the_bare_networks_see_what_encoding_shows_them(corpus, tmp_path):
