@@ -80,14 +80,15 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number, writte
 
 def _typed(key: str, value, default):
     "Return `value` in the type of `default`, or raise `DataError` naming `key`."
-    kind = str if default is None else type(default)
-    if value is default is None:
-        return None
+    if default is None:
+        if value is not None and type(value) not in (str, bool):
+            raise DataError(f"params.yaml: {key} is {value!r}, but must be text, true, false or null; change it")
+        return value
+    kind = type(default)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        wanted = "text or null" if default is None else f"{_KINDS[kind]} (for example {default!r})"
-        raise DataError(f"params.yaml: {key} is {value!r}, but must be {wanted}; change it")
+        raise DataError(f"params.yaml: {key} is {value!r}, but must be {_KINDS[kind]} (for example {default!r}); change it")
     if kind is list and default:
         return [_typed(f"{key}[{i}]", item, default[0]) for i, item in enumerate(value)]
     return value

@@ -116,11 +116,11 @@ def looked_at(root, out, capfd) -> tuple[dict, dict, set]:
         warnings.simplefilter("ignore", ResourceWarning)
         try:
             index = prepare_corpus(Corpus(root), out / "prepared", workers=1, skip_broken=True)
-            if (out / "prepared" / "broken.json").exists():
-                broken = read_json(out / "prepared" / "broken.json")
-        except DataError as error:
+        except DataError as error:  # of all of it, or of every trial
             told(error)
             index = {}
+        if (out / "prepared" / "broken.json").exists():
+            broken = read_json(out / "prepared" / "broken.json")
         code = main(["check", str(root), "--json", str(out / "report.json")])
     said = capfd.readouterr()
     report = read_json(out / "report.json")
