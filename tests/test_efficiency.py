@@ -330,6 +330,7 @@ def test_bench_writes_both_records_and_a_missed_bar_is_no_failure(checkout, caps
 @pytest.mark.parametrize("part, file", pipeline.RECORDS.items())
 def test_bench_of_one_part_leaves_the_other_record_alone(checkout, part, file):
     (checkout / "data/corpus").mkdir(parents=True)
+    (checkout / "data/sample.json").write_text("{}")  # as beside a sample
     assert pipeline.main(["bench", part]) == 0
     assert [path.relative_to(checkout).as_posix() for path in (checkout / "results").iterdir()] == [file]
     assert part == "models" or f"with {checkout / 'data/corpus'} in" in read_json(checkout / file)["rows"][0]["name"]
@@ -339,6 +340,7 @@ def test_bench_on_what_is_no_corpus_is_one_sentence_and_exit_code_2(checkout, mo
     monkeypatch.undo()
     monkeypatch.chdir(checkout)
     (checkout / "data/corpus").mkdir(parents=True)
+    (checkout / "data/sample.json").write_text("{}")  # as beside a sample
     assert pipeline.main(["bench", "extraction"]) == 2
     said = capsys.readouterr()
     assert "must hold one folder VA_Estimation_Challenge" in said.err and said.err.count("\n") == 1
