@@ -17,7 +17,8 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from clips import annotate, wall, write_video
+import pytest
+from clips import annotate, beeps, wall, write_video
 
 UTF8 = 0x800
 
@@ -70,6 +71,19 @@ def archive(entries, path, before=b"", wide=False, **lie) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(body)
     return path
+
+
+COUNT = 12  # pictures of the clip
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", [wall(size=32)] * COUNT, np.arange(COUNT) / 25, beeps([0.1], 0.48))
+
+
+@pytest.fixture
+def root(tmp_path, clip):
+    return small_tree(tmp_path / "corpus", clip, COUNT)
 
 
 def small_tree(root, clip, count) -> Path:

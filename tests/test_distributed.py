@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from clips import annotate, beeps, draw_face, wall, write_video
-from corpora import UTF8, archive, faces, jpg, limited, small_tree, trim
+from corpora import COUNT, UTF8, archive, clip, faces, jpg, limited, root, small_tree, trim  # noqa: F401 (fixtures)
 
 from sage_nb.affwild2 import Corpus, Trial, _list_archive, read_crop_files, video_info
 from sage_nb.backbones import save_encoder
@@ -22,18 +22,6 @@ from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.features import encode_corpus, prepare_corpus, read_prepared
 from sage_nb.media import look_closely, read_crops, read_frames, read_sound, read_trial
 from sage_nb.suite import _look_again, encode_corrupted
-
-COUNT = 12
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", [wall(size=32)] * COUNT, np.arange(COUNT) / 25, beeps([0.1], 0.48))
-
-
-@pytest.fixture
-def root(tmp_path, clip):
-    return small_tree(tmp_path / "corpus", clip, COUNT)
 
 
 def crops_of(root):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 
+from clusters import wait_for
 from conftest import ROOT, commit, environment, pipeline
 
 from sage_nb.core import DataError
@@ -349,15 +350,6 @@ def test_a_parameter_that_dvc_does_not_follow_is_refused(project):
         check_params(project)
     (project / "dvc.yaml").write_text(STAGES.replace("params: [make]", "params: [make.count, make.scale, make.pause]"))
     check_params(project)
-
-
-def wait_for(condition, seconds: float = 60.0):
-    "The first true value of a condition."
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-    return value
 
 
 def kill_at(project: Path, item: str, choose) -> None:

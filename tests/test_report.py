@@ -11,25 +11,13 @@ import corpora
 import numpy as np
 import pytest
 from clips import annotate, beeps, talking, wall, write_video
-from corpora import archive, differences, faces, official_tree, small_tree, trim
+from corpora import COUNT, archive, clip, differences, faces, official_tree, root, small_tree, trim  # noqa: F401 (fixtures)
 
 from sage_nb.affwild2 import Corpus, summarise
 from sage_nb.cli import main
 from sage_nb.core import DataError
 from sage_nb.features import prepare_corpus
 from sage_nb.media import look_closely, read_trial
-
-COUNT = 12
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", [wall(size=32)] * COUNT, np.arange(COUNT) / 25, beeps([0.1], 0.48))
-
-
-@pytest.fixture
-def root(tmp_path, clip):
-    return small_tree(tmp_path / "corpus", clip, COUNT)
 
 
 # --- the report
