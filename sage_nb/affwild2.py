@@ -19,8 +19,8 @@ from .core import DataError, parallel_map, whole
 
 # %% auto #0
 __all__ = ['SPLITS', 'read_annotation', 'reconcile', 'VideoInfo', 'open_video', 'picture_track', 'stores_no_times', 'sound_track',
-           'orientation', 'shown_at', 'Clock', 'check_complete', 'video_info', 'Crops', 'read_crop_files', 'Trial',
-           'video_of', 'read_test_list', 'Corpus', 'summarise', 'write_submission', 'check_submission']
+           'orientation', 'shown_at', 'Clock', 'check_complete', 'video_info', 'Crops', 'printable', 'read_crop_files',
+           'Trial', 'video_of', 'read_test_list', 'Corpus', 'summarise', 'write_submission', 'check_submission']
 
 # %% ../nbs/02_affwild2.ipynb #2758f299
 def _opened(
@@ -260,7 +260,10 @@ class Crops:
     fault: str = ""  # why they cannot be believed
 
 
-def _printable(text: object) -> str:
+def printable(
+    text: object,
+) -> str:  # one line
+    "A text from elsewhere (a name, a message) as a terminal or table may show it: what cannot be printed is escaped."
     return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(text))
 
 
@@ -269,7 +272,7 @@ def _unprintable(
     name: str,
 ) -> str:  # what is wrong with it, or ""
     "Names go into tables, files and terminals: those with line ends, control characters or bytes that are no text are faults."
-    return "" if name.isprintable() else f"{_printable(place)}: a name with characters that cannot be printed; rename it"
+    return "" if name.isprintable() else f"{printable(place)}: a name with characters that cannot be printed; rename it"
 
 
 def _stand_in(
@@ -690,7 +693,7 @@ class Corpus:
                 self.test_rows[known], self._uneven[known] = len(frames[name]), _uneven(frames[name])
             self._trials.append(Trial(
                 known, carved.get(groups[name], split) if split == "train" else split, self.videos.get(video[name][0]),
-                None if split == "test" else sets[split][name], video[name][1], min(subjects.get(name, {known})), _printable(groups[name]), crops,
+                None if split == "test" else sets[split][name], video[name][1], min(subjects.get(name, {known})), printable(groups[name]), crops,
                 next(filter(None, faults), "")))
         self.faults += [fault for name, fault in self._twice.items() if name not in {name for name, _ in video.values()}]
 
@@ -788,7 +791,7 @@ class Corpus:
         splits: dict[str, set] = {}
         for trial in self._trials:
             splits.setdefault(trial.group, set()).add("train" if trial.split in ("dev", "calibration") else trial.split)
-        within = lambda path: _printable(str(path).removeprefix(f"{self.root}/"))
+        within = lambda path: printable(str(path).removeprefix(f"{self.root}/"))
         tasks = [(trial, self.test_rows.get(trial.id), self._uneven.get(trial.id), sorted(splits[trial.group]),
                   [(within(crops.source), len(crops.numbers), crops.others) for crops in self.crops.get(trial.id, [])], self._crops_are_given, look)
                  for trial in self._trials]
@@ -808,8 +811,8 @@ class Corpus:
         table += [dict(trial="", split="", video=place, odd=[(kind, text)], problem="") for place, kind, text in self._odd]
         table += [dict(trial="", split="", video=place, odd=[], problem=fault) for place, fault in faults]
         for row in table:
-            row["odd"] = [(kind, _printable(text)) for kind, text in row["odd"]]
-            row |= dict(video=within(row["video"]), problem=_printable(row["problem"]), oddities="; ".join(text for _, text in row["odd"]))
+            row["odd"] = [(kind, printable(text)) for kind, text in row["odd"]]
+            row |= dict(video=within(row["video"]), problem=printable(row["problem"]), oddities="; ".join(text for _, text in row["odd"]))
         return pd.DataFrame(table, columns=[*_COLUMNS, "oddities", "problem", "odd"]).astype(_COLUMNS)
 
 

@@ -42,7 +42,7 @@ def check(
     decode: bool = False,  # decode everything, which takes hours instead of a minute
 ) -> int:  # 0 = clean, 1 = oddities, 2 = a trial is broken
     "Print what is there, what is odd and what is broken in a corpus."
-    from sage_nb.affwild2 import Corpus, _printable, summarise
+    from sage_nb.affwild2 import Corpus, printable, summarise
 
     if json:
         _keep_private(Path(json), Path(root))
@@ -53,7 +53,7 @@ def check(
         corpus = Corpus(root)
     except DataError as error:
         if json:
-            write_json(json, dict(root=_printable(root), exit_code=2, splits=[], trials=[dict(trial="", problem=_printable(error), oddities=[])]))
+            write_json(json, dict(root=printable(root), exit_code=2, splits=[], trials=[dict(trial="", problem=printable(error), oddities=[])]))
         raise
     table = corpus.check(look, workers=0 if len(corpus.videos) >= (8 if decode else 100) else 1)  # processes take a second to start
     broken, strange = table.problem != "", table.oddities != ""
@@ -62,10 +62,10 @@ def check(
     if json:
         trials = [row | {"oddities": [dict(kind=kind, text=text) for kind, text in odd]}
                   for row, odd in zip(_records(table.drop(columns=["odd", "oddities"])), table.odd)]
-        write_json(json, dict(root=_printable(root), exit_code=code, splits=_records(there), trials=trials))
+        write_json(json, dict(root=printable(root), exit_code=code, splits=_records(there), trials=trials))
     trials, idle = table.trial != "", table.oddities == "no trial belongs to this video"
     tables = [part.to_string(index=False, na_rep="", float_format="{:.3g}".format) for part in (there, kinds) if len(part)]
-    total = (f"{_printable(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
+    total = (f"{printable(root)}: {trials.sum()} trials, {(trials & ~broken & ~strange).sum()} clean, {(trials & strange & ~broken).sum()} with oddities, "
              f"{(trials & broken).sum()} unusable; {idle.sum()} videos without a trial")
     try:
         print(*tables, total, sep="\n\n", flush=True)
@@ -92,7 +92,7 @@ def submit(
     out: str | Path,  # the file to write
 ) -> int:  # 0
     "Predict the test trials with a run, write the submission file and read it back."
-    from sage_nb.affwild2 import _printable, check_submission, read_test_list, write_submission
+    from sage_nb.affwild2 import printable, check_submission, read_test_list, write_submission
     from sage_nb.core import read_json
     from sage_nb.features import load_sequences
     from sage_nb.training import load_run, predict_sequences
@@ -117,7 +117,7 @@ def submit(
             raise DataError(f"{features}: {str(error).partition(';')[0]}; give the feature store that {run} was trained on") from None
     write_submission(out, test_list, predictions)
     rows = check_submission(out, test_list)
-    print(f"{_printable(out)}: {rows} rows of {len(predictions)} trials, as {_printable(test_list.name)} asks, by {_printable(run)}, selected on {_printable(selection)}")
+    print(f"{printable(out)}: {rows} rows of {len(predictions)} trials, as {printable(test_list.name)} asks, by {printable(run)}, selected on {printable(selection)}")
     return 0
 
 
@@ -126,10 +126,10 @@ def check_submitted(
     corpus: str | Path,  # the corpus' folder, with the organisers' list in it
 ) -> int:  # 0
     "Compare a submission, whoever wrote it, with the organisers' list."
-    from sage_nb.affwild2 import _printable, check_submission
+    from sage_nb.affwild2 import printable, check_submission
 
     test_list = _test_list(corpus)
-    print(f"{_printable(path)}: {check_submission(path, test_list)} rows, as {_printable(test_list.name)} asks")
+    print(f"{printable(path)}: {check_submission(path, test_list)} rows, as {printable(test_list.name)} asks")
     return 0
 
 # %% ../nbs/23_cli.ipynb #46f18093
@@ -177,9 +177,9 @@ def main(
         make_sample(chosen.out, seed=chosen.seed, subjects=dict(chosen.subjects), nuisances=not chosen.no_nuisances, seconds=tuple(chosen.seconds))
         return 0
     except DataError as error:
-        from sage_nb.affwild2 import _printable
+        from sage_nb.affwild2 import printable
 
-        print(f"sage-nb: {_printable(error)}", file=sys.stderr)
+        print(f"sage-nb: {printable(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -256,6 +256,7 @@ def encode_trial(
     ok, moments = trial["visual_ok"].astype(bool), trial["time"] - trial["sound_start"]
     seen, heard = (Rows((net.dim,), np.float16 if half else np.float32, scratch) for net in (visual, audio))
     audio_ok = np.zeros(len(ok), bool)
+
     def keep(store, rows):
         if not np.isfinite(rows).all() or half and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
             raise DataError("an encoder gives numbers that are not finite, or too large for half precision; set encode.half to false, or give other weights")

@@ -22,12 +22,6 @@ __all__ = ['load_corrupted', 'predict_condition', 'evaluate_robustness', 'robust
            'loss_differences', 'missing_differences']
 
 # %% ../nbs/17_robustness.ipynb #6714a79e
-def _on_disk(features: np.ndarray, scratch: str | Path) -> Rows:
-    rows = Rows(features.shape[1:], features.dtype, scratch)
-    rows.put(features)
-    return rows
-
-
 def load_corrupted(
     store: str | Path,  # the feature store
     folder: str | Path,  # as `suite.encode_corrupted` leaves it
@@ -53,7 +47,7 @@ def load_corrupted(
             rate = (len(time) - 1) / max(time[-1] - time[0], 1e-3)
             worse, corrupted = corrupt_sequence(sequence, family, severity, seed, rate, CUE_OWNERS)
             if scratch:
-                worse = replace(worse, **{m: _on_disk(getattr(worse, m), scratch) for m in MODALITIES if getattr(worse, m) is not getattr(sequence, m)})
+                worse = replace(worse, **{m: Rows.copy(getattr(worse, m), scratch) for m in MODALITIES if getattr(worse, m) is not getattr(sequence, m)})
             pairs.append((worse, corrupted))
     return tuple(map(list, zip(*pairs)))
 

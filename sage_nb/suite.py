@@ -40,14 +40,6 @@ class _Altered:
         return rows
 
 
-def _on_disk(rows: _Altered | StoredRows, scratch: Path) -> Rows:
-    "The same rows in a file that nobody sees."
-    out = Rows(rows.shape[1:], rows.dtype, scratch)
-    for at in range(0, len(rows), 1024):
-        out.put(rows[at : at + 1024])
-    return out
-
-
 def _with_changes(rows: StoredRows, seen: np.ndarray, changed: np.ndarray, instead: Rows) -> _Altered:
     "Crops or features [T], zero where nothing was `seen` [T], and with those of the frames `changed` [K] replaced by `instead` [K]."
     def alter(begin, part):
@@ -92,7 +84,7 @@ def _encode_pictures(net: torch.nn.Module, clean: dict, data: dict, seen: dict, 
     renewed = Rows(clean["visual"].shape[1:], clean["visual"].dtype, scratch)
     for rows in encode_pictures(net, seen["instead"], np.ones(len(seen["changed"]), bool)):
         renewed.put(rows)
-    visual = _on_disk(_with_changes(clean["visual"], seen["visual_ok"], seen["changed"], renewed), scratch)
+    visual = Rows.copy(_with_changes(clean["visual"], seen["visual_ok"], seen["changed"], renewed), scratch)
     return dict(visual=visual, visual_ok=seen["visual_ok"], cues=observation_cues({**data, **seen}))
 
 # %% ../nbs/25_suite.ipynb #8a3047a1
@@ -102,7 +94,7 @@ def _encode_sound(net: torch.nn.Module, clean: dict, data: dict, samples: Rows |
         for _, rows, _ in embed_sound(net, samples, data["time"] - data["sound_start"]):
             audio.put(rows)
     else:
-        audio = _on_disk(clean["audio"], scratch)
+        audio = Rows.copy(clean["audio"], scratch)
     return dict(audio=audio, audio_ok=clean["audio_ok"], cues=observation_cues({**data, "sound": samples}))
 
 
