@@ -430,7 +430,7 @@ def _call(path: Path, seconds: float, faces: int) -> None:
     rng, count = np.random.default_rng(0), round(30 * seconds)
     looks = [draw_look(rng) for _ in range(faces)]
     wall = cv2.resize(rng.uniform(60, 190, (9, 16, 3)).astype(np.float32), (640, 360), interpolation=cv2.INTER_CUBIC)
-    grain = [rng.normal(0, 4, (360, 640, 1)).astype(np.float32) for _ in range(7)]
+    grain = [rng.normal(0, 20, (360, 640, 1)).astype(np.float32) for _ in range(7)]
 
     def pictures():
         for k in range(count):
