@@ -198,17 +198,18 @@ def test_a_video_cut_off_is_a_sentence(predictor, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_video(project, tmp_path):
-    "Crops alone would be 70 MB."
+    "Crops alone would be 37 MB, each of the three times that they are kept."
     peaks = []
-    for count in (300, 6000):
+    for count in (150, 3000):
         images = talking(20)
-        film(tmp_path / f"{count}.mp4", times=moments(count), images=[images[k % 20] for k in range(count)])
+        noise = np.random.default_rng(0).uniform(-0.3, 0.3, 640 * count)
+        write_video(tmp_path / f"{count}.mp4", [images[k % 20] for k in range(count)], moments(count), noise, rate=16000)
         code = ("import re; from sage_nb.predict import Predictor\n"
                 f"Predictor.load({str(project / 'work/runs/sage-0')!r}).predict_faces({str(tmp_path / f'{count}.mp4')!r})\n"
                 "print(re.findall(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[0])")
         done = subprocess.run([sys.executable, "-c", code], env=environment(ROOT), capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1e3)
-    assert peaks[1] - peaks[0] < 40, peaks
+    assert peaks[1] - peaks[0] < 25, peaks
 
 
 # --- who is in it
@@ -275,7 +276,7 @@ class Erring:
 def test_what_is_seldom_detected_is_nobody(wrong, expected):
     finder = face_finder()
     finder.detector = Erring(wrong)
-    everybody, grain = Everybody(finder), np.random.default_rng(0).integers(0, 60, (160, 320, 3), np.uint8)
+    everybody, grain = Everybody(finder), np.random.default_rng(0).integers(0, 40, (10, 20, 3), np.uint8).repeat(16, 0).repeat(16, 1)
     for image in people(150, still(80)):
         everybody(image + grain)
     assert len(everybody.people) == expected and finder.detector.looks <= 40
@@ -400,13 +401,14 @@ def test_what_git_would_take_is_not_written(desk, capsys):
     assert main(["predict", "talk.mp4", "--out", "tables", "--plot"]) == 2  # the picture
     assert "tables/talk.png: git would take this file" in capsys.readouterr().err and not (desk / "tables").exists()
     assert main(["predict", "talk.mp4", "--out", "results-local", "--plot"]) == 0 and files(desk / "results-local") == ["talk.csv", "talk.png"]
-    assert subprocess.run(["git", "check-ignore", "-q", "--no-index", "talk.csv", "talk.png", "talk.html", "talk_overlay.mp4", "talk.parquet"], cwd=ROOT).returncode == 0
+    made = ["talk.csv", "talk.png", "talk.html", "talk_overlay.mp4", "talk.parquet"]  # in a checkout, where it is called from there
+    assert subprocess.run(["git", "check-ignore", "--no-index", *made], cwd=ROOT, capture_output=True, text=True).stdout.split() == made
 
 
 # --- what is measured
 
 def test_the_record_of_what_it_costs(tmp_path):
-    rows = measure_prediction(tmp_path, seconds=2.5, rounds=1)
+    rows = measure_prediction(tmp_path, seconds=1.0, rounds=1)
     assert [row["name"].partition(",")[0] for row in rows] == ["predict", "predict_faces", "predict_faces"]
     for row in rows:
         assert row["met"] == (row["sides"][0] >= row["sides"][1] == 30) and abs(row["value"] - row["sides"][0] / 30) < 0.01
