@@ -14,7 +14,7 @@ help:
 	@echo "make replicate  the comparison again on two more sample corpora, made for it (about half an hour; not part of make repro)"
 	@echo "make test       every check (makes $(VENV) and fetches the sample first): notebooks, package, tests, the pipeline at a small size"
 	@echo "make verify     rebuild from raw video what make repro made of results/, and compare with what is committed"
-	@echo "make bench      time every model, and extraction, and write results/bench.json and results/extraction.json (about 7 minutes; the efficiency table is made from the former)"
+	@echo "make bench      time every model, extraction and prediction, and write results/{bench,extraction,prediction}.json (about 8 minutes; the efficiency table is made from the first)"
 	@echo "make readme     write README.md from nbs/index.ipynb"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make clean      remove everything that can be made again (not data, results or the environment)"

@@ -511,7 +511,7 @@ def repro(
 # %% ../nbs/28_pipeline.ipynb #e24d49bf
 TOLERANCE = 0.03  # of a score, between two processors
 GAIN_TOLERANCE = 0.015  # of a difference of scores (columns sage_gain...), which must also keep its sign
-RECORDS = dict(models="results/bench.json", extraction="results/extraction.json")  # what `bench` measured; timings do not repeat
+RECORDS = dict(models="results/bench.json", extraction="results/extraction.json", prediction="results/prediction.json")  # what `bench` measured; timings do not repeat
 
 
 def _agree(heading: str, committed: str, rebuilt: str) -> bool:
@@ -643,15 +643,18 @@ def bench(
 ) -> None:
     "Measure, print what was found, and write the records. A bar that is missed is only told."
     from sage_nb.efficiency import bench_text, extraction_text, write_bench, write_extraction
+    from sage_nb.predict import measure_prediction, write_prediction
 
+    (root / ".work").mkdir(exist_ok=True)
     for name in [part] if part else RECORDS:
         path = root / RECORDS[name]
         if name == "models":
             print(bench_text(write_bench(path)), end="")
+        elif name == "prediction":
+            print(extraction_text(write_prediction(path, measure_prediction(root / ".work"))), end="")
         else:
             corpus = root / read_params(root).get("paths", {}).get("corpus", "data/corpus")
             own = corpus.is_dir() and is_sample(root, {"corpus": str(corpus)})
-            (root / ".work").mkdir(exist_ok=True)
             print(extraction_text(write_extraction(path, corpus if own else None, scratch=root / ".work")), end="")
         print(f"written to {path.relative_to(root)}\n", flush=True)
 
@@ -669,7 +672,7 @@ def main(
     commands.add_parser("verify", help="rebuild results/ and compare with what is committed")
     commands.add_parser("run", help="run one stage (called by dvc)").add_argument("stage")
     commands.add_parser("sources", help="write source-only copies of the stages' notebooks (called by dvc)")
-    commands.add_parser("bench", help="measure what models and extraction cost").add_argument("part", nargs="?", choices=RECORDS, help="only this")
+    commands.add_parser("bench", help="measure what models, extraction and prediction cost").add_argument("part", nargs="?", choices=RECORDS, help="only this")
     commands.add_parser("readme", help="write README.md").add_argument("--check", action="store_true", help="compare only")
     commands.add_parser("dvc", help="run dvc, tied to this process").add_argument("rest", nargs=argparse.REMAINDER)
     given = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ from clips import annotate, beeps, talking, write_video
 from conftest import ROOT, commit
 from torch import nn
 
-from sage_nb import efficiency, pipeline
+from sage_nb import efficiency, pipeline, predict
 from sage_nb.backbones import ImageEncoder
 from sage_nb.baselines import build_model
 from sage_nb.core import DataError, read_arrays, read_json, write_arrays, write_json
@@ -315,16 +315,19 @@ def checkout(tmp_path, monkeypatch):
                         + [dict(label="lfan", configuration="equal", parameters=9, fusion_parameters=1, multiply_adds=1, ms_step=1.0, ms_frame=0.1, ratio=None)])
     monkeypatch.setattr(efficiency, "measure_extraction", lambda corpus, scratch: (
         [dict(name=f"with {corpus} in {scratch.relative_to(tmp_path)}", value=0.5, unit="× frames/s", sides=[1.0, 2.0], bar="at least 0.7", met=False)], []))
+    monkeypatch.setattr(predict, "measure_prediction", lambda scratch: [dict(name=f"in {scratch.relative_to(tmp_path)}", value=2.0, unit="× frames/s", sides=[60.0, 30.0],
+                                                                            bar="at least 1", met=True)])
     return tmp_path
 
 
-def test_bench_writes_both_records_and_a_missed_bar_is_no_failure(checkout, capsys):
+def test_bench_writes_all_records_and_a_missed_bar_is_no_failure(checkout, capsys):
     assert pipeline.main(["bench"]) == 0
     said = capsys.readouterr().out
     assert said.count("MISSED") == 2 and "written to results/bench.json" in said and "written to results/extraction.json" in said
     assert read_json(checkout / "results/bench.json")["rows"][0]["label"] == "sage"
     assert read_json(checkout / "results/extraction.json")["rows"][0]["name"] == "with None in .work"
-    assert sorted(path.name for path in (checkout / "results").iterdir()) == ["bench.json", "extraction.json"]
+    assert read_json(checkout / "results/prediction.json")["rows"][0]["name"] == "in .work" and "60 and 30 frames/s" in said
+    assert sorted(path.name for path in (checkout / "results").iterdir()) == ["bench.json", "extraction.json", "prediction.json"]
 
 
 @pytest.mark.parametrize("part, file", pipeline.RECORDS.items())
@@ -333,7 +336,7 @@ def test_bench_of_one_part_leaves_the_other_record_alone(checkout, part, file):
     (checkout / "data/sample.json").write_text("{}")  # as beside a sample
     assert pipeline.main(["bench", part]) == 0
     assert [path.relative_to(checkout).as_posix() for path in (checkout / "results").iterdir()] == [file]
-    assert part == "models" or f"with {checkout / 'data/corpus'} in" in read_json(checkout / file)["rows"][0]["name"]
+    assert part != "extraction" or f"with {checkout / 'data/corpus'} in" in read_json(checkout / file)["rows"][0]["name"]
 
 
 def test_bench_on_what_is_no_corpus_is_one_sentence_and_exit_code_2(checkout, monkeypatch, capsys):
@@ -350,9 +353,9 @@ def test_bench_on_what_is_no_corpus_is_one_sentence_and_exit_code_2(checkout, mo
 def test_verify_leaves_what_was_measured_alone(tmp_path, monkeypatch):
     for name in ("dvc.yaml", "params.yaml", "nbs"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    for name in ("bench", "extraction", "made"):
+    for name in ("bench", "extraction", "prediction", "made"):
         write_json(tmp_path / "results" / f"{name}.json", 1)
     commit(tmp_path)
     monkeypatch.setattr(pipeline, "repro", lambda *_: 3)
     assert pipeline.verify(tmp_path) == 3
-    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["bench.json", "extraction.json"]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["bench.json", "extraction.json", "prediction.json"]
