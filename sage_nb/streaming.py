@@ -24,7 +24,7 @@ from .sage import SAGE, SageOutput, _louder
 from .sample import make_sample
 
 # %% auto #0
-__all__ = ['SageStream']
+__all__ = ['SageStream', 'Stream', 'replay', 'measure_stream']
 
 # %% ../nbs/23_streaming.ipynb #ffb8ad9d
 class SageStream:
@@ -170,3 +170,389 @@ class SageStream:
         final = torch.minimum(model.slope * raw + model.shift, bound)
         return SageOutput(va, final, raw, model.quantile * (final / 2).exp(), reliability, weights, readouts,
                           model.branch.calibrated(log_var), log_var, ok, everywhere, cues, tuple(watched))
+
+# %% ../nbs/23_streaming.ipynb #f94f2482
+class _Sound:
+    "The latest part of a sound, at its places; zero where nothing was recorded."
+
+    def __init__(self):
+        self.start, self.end, self.pieces = None, 0, []  # time of the first sample; samples so far; pairs of place and samples
+
+    def push(self, samples: np.ndarray, time: float) -> None:
+        if self.start is None:
+            self.start = time
+        place = round((time - self.start) * AUDIO_RATE)
+        if abs(place - self.end) <= 0.01 * AUDIO_RATE:
+            place = self.end
+        if place < self.end - AUDIO_RATE:
+            raise DataError(f"sound at {time:.3f} s comes after sound up to {self.start + self.end / AUDIO_RATE:.3f} s; push it in order, with the time of its first sample")
+        place, samples = max(place, self.end), samples[max(self.end - place, 0) :]
+        if not len(samples):
+            return
+        if self.pieces and place == self.end and len(self.pieces[-1][1]) < AUDIO_RATE:
+            place, before = self.pieces.pop()
+            samples = np.concatenate([before, samples])
+        self.pieces.append((place, samples))
+        self.end = place + len(samples)
+
+    def cut(self, begin: int, end: int) -> np.ndarray:  # [end - begin]
+        out = np.zeros(max(end - begin, 0), np.float32)
+        for place, samples in self.pieces:
+            low, high = max(place, begin), min(place + len(samples), end)
+            if low < high:
+                out[low - begin : high - begin] = samples[low - place : high - place]
+        return out
+
+    def covers(self, time: float) -> bool:
+        "As `media.Sound.covers`."
+        if self.start is None:
+            return False
+        index = round((time - self.start) * AUDIO_RATE)
+        return any(place <= index < place + len(samples) for place, samples in self.pieces)
+
+    def forget(self, before: int) -> None:
+        "Let go of pieces that end before a sample."
+        self.pieces = [(place, samples) for place, samples in self.pieces if place + len(samples) > before]
+
+
+class _Blocks:
+    "First sample of the block in which a moment of a file's sound would be encoded (see `encoders.sound_blocks`). Offline, rounding starts from there."
+
+    def __init__(self, margin: float, seconds: float):
+        self.margin, self.seconds, self.number, self.begin = margin, seconds, None, 0
+
+    def __call__(self, moment: float, first: float) -> int:  # of moments in their order, and the very first of them
+        if (number := (moment - first) // self.seconds) != self.number:
+            self.number = number
+            [(_, self.begin, _)] = sound_blocks(np.array([moment]), 1 << 60, self.margin, self.seconds)
+        return self.begin
+
+# %% ../nbs/23_streaming.ipynb #eb70d4d5
+_NEAR = 0.051  # seconds of sound on either side of a frame that its level, peak and spectrum need, with a margin for rounding
+_LONG, _SHORT = 0.4, 0.15  # seconds; deviations of the windows of synchrony and timbre (see features), which end at twice that
+
+
+class Stream:
+    """A live picture and its sound: push them as they arrive, take the rows that are ready. One person's face is followed.
+    The rows are those of the whole file (see predict), `delay` seconds later; memory does not grow with the stream."""
+
+    def __init__(
+        self,
+        model: SAGE,  # causal, as for `SageStream`, trained on `features.CUES`
+        encoders: tuple[nn.Module, nn.Module],  # visual and audio, as from `features.load_encoders`; with one thread each
+        rate: float,  # pictures a second, the camera's own
+        wait: float = 1.0,  # seconds that a frame waits for sound that is late
+        crop_size: int = 48,  # side of the face crops, pixels; as the encoders were trained
+        **search,  # how the face is looked for: options of `media.face_finder`
+    ):
+        "Options that do not fit each other raise `DataError`."
+        if not (0.1 <= rate <= 1000 and 0 <= wait <= 60):
+            raise DataError(f"a stream of {rate} pictures a second that waits {wait} s for sound: rate must be in [0.1, 1000], wait in [0, 60]; change it")
+        self._sage, self.encoders = SageStream(model), tuple(encoders)
+        sizes = dict(visual=self.encoders[0].dim, audio=self.encoders[1].dim)
+        if model.front.dim != sizes or model.front.cue_dim != len(CUES):
+            raise DataError(f"the model reads {model.front.dim} and {model.front.cue_dim} cues a frame, but encoders and cues give {sizes} and {len(CUES)}; "
+                            "give the encoders that it was trained with")
+        if isinstance(self.encoders[1], SpeechEncoder):
+            raise DataError("a stream has no room for an encoder of speech, which attends to twelve seconds at once; train with the small one, or VGGish")
+        self.options = dict(rate=float(rate), wait=float(wait), crop_size=crop_size, **search)
+        self._finder = face_finder(**search)
+        self._long, self._short = (int(2 * seconds * rate + 0.5) for seconds in (_LONG, _SHORT))  # frames to either side, as the filter counts them
+        self._coarse, self._timbre, self._floor = _RunningMean(rate), _RunningMean(rate, 20.0), None
+        self._sound = _Sound()
+        self._narrow, self._wide = _Blocks(0.1, 30.0), _Blocks(self.encoders[1].margin, self.encoders[1].chunk)  # for cues, for embeddings
+        self._frames, self._gone = [], 0  # frames that are still looked at, and how many came before them
+        self._pictures = self._listened = self._said = 0  # frames so far that were pushed, heard, answered
+        self._began = self._newest = -np.inf  # times of the first and of the latest picture
+        self._rows, self._no_more_sound, self._finished = [], False, False
+
+    @property
+    def delay(self) -> float:
+        "Seconds after which a frame is answered, at the latest, if its sound is on time; late sound adds `wait` at most."
+        return max(self._long / self.options["rate"] + _NEAR, self.encoders[1].margin)
+
+    def push_picture(
+        self,
+        image: np.ndarray,  # [H, W, 3] uint8, RGB
+        time: float,  # seconds; later than the one before
+    ) -> None:
+        "The next picture. What is no picture, or not later, raises `DataError`."
+        if self._finished:
+            raise DataError(f"picture at {time} s: the stream is finished; begin another")
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size):
+            raise DataError(f"picture at {time} s: a picture is an array [H, W, 3] of uint8, red, green and blue; convert it")
+        if not self._newest < time < np.inf:
+            raise DataError(f"picture at {time} s comes after one at {self._newest} s; push pictures in order, each with a time of its own")
+        self._began = time if not self._pictures else self._began
+        self._newest, self._pictures = float(time), self._pictures + 1
+        face, frame = self._finder(image), dict(time=float(time), found=False, mouth=0.0)
+        if face.found:
+            visual, crop = self.encoders[0], crop_face(image, face.box, self.options["crop_size"])
+            with torch.inference_mode():
+                seen = visual(torch.from_numpy(crop[None]).to(next(visual.parameters()).device)).cpu().numpy()[0]
+            *looks, mouth = _looks(crop[None], np.ones(1, bool), self._coarse)[0].tolist()
+            looks.insert(2, face.score)  # sharpness, brightness, score, change, upper, lower
+            frame.update(found=True, mouth=mouth, box=np.array(face.box, np.float32).tolist(), seen=seen, looks=looks)
+        self._frames.append(frame)
+        self._advance()
+
+    def push_sound(
+        self,
+        samples: np.ndarray,  # [N] float32 in [-1, 1], mono at 16 kHz
+        time: float,  # seconds on the pictures' clock, of the first sample
+    ) -> None:
+        "The next piece of sound, of any length. What is no sound, or a second out of order, raises `DataError`."
+        if self._no_more_sound:
+            raise DataError(f"sound at {time} s: it was said that there will be no more; begin another stream")
+        samples = np.asarray(samples)
+        if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all() or not np.isfinite(time):
+            raise DataError(f"sound at {time} s: sound is an array [N] of finite numbers in [-1, 1], mono at 16 kHz; convert it")
+        self._sound.push(samples.astype(np.float32), float(time))
+        self._advance()
+
+    def end_sound(self) -> None:
+        "There is no sound, or no more of it."
+        self._no_more_sound = True
+        self._advance()
+
+    def ready(self) -> list[dict]:
+        """The rows that have become ready since they were last asked for, one a frame: frame (int, from 1), time (s), valence, arousal and the ends of their
+        90 % intervals valence_low ... arousal_high (in [-1, 1]), reliability_visual, reliability_audio (mean over stages; 0 where missing), face_found,
+        voice_heard (bool), face_x, face_y, face_width, face_height (pixels, NaN where not found)."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def finish(self) -> list[dict]:
+        "It is over: all rows that are left."
+        self._no_more_sound = self._finished = True
+        self._advance()
+        return self.ready()
+
+    def _advance(self) -> None:
+        while self._listened < self._pictures and self._sound_until((frame := self._frame(self._listened))["time"] + _NEAR):
+            self._listen(frame)
+            self._listened += 1
+        while self._said < self._listened and self._is_ready(self._said):
+            self._say(self._said)
+            self._said += 1
+        old = max(self._said - self._long - self._gone, 0)  # what was answered serves those after it
+        del self._frames[:old]
+        self._gone += old
+        if self._sound.start is not None and self._pictures:
+            next_time = self._frame(self._said)["time"] if self._said < self._pictures else self._newest
+            self._sound.forget(int((next_time - self._sound.start - self._wide.margin - 0.1) * AUDIO_RATE))
+
+    def _frame(self, number: int) -> dict:
+        return self._frames[number - self._gone]
+
+    def _sound_until(self, moment: float) -> bool:
+        "Whether all sound up to a moment is there, or is waited for no longer."
+        sound = self._sound
+        there = sound.start is not None and sound.start + sound.end / AUDIO_RATE >= moment
+        return there or self._no_more_sound or self._newest >= moment + self.options["wait"]
+
+    def _is_ready(self, number: int) -> bool:
+        frame = self._frame(number)
+        ahead = 0 if not frame["heard"] else self._long if frame["found"] else self._short
+        return (self._finished or number + ahead < self._listened) and (not frame["heard"] or self._sound_until(frame["time"] + self._wide.margin))
+
+    def _listen(self, frame: dict) -> None:
+        "What is to be heard at a frame, as in `encoders.sound_level` and `features.observation_cues`."
+        sound, level, peak, shape = self._sound, -80.0, np.float32(0), np.zeros(12)
+        if sound.start is not None:
+            moment, first = frame["time"] - sound.start, self._began - sound.start
+            frame["begin"] = self._wide(moment, first)
+            frame["moment"] = moment - frame["begin"] / AUDIO_RATE
+            begin = self._narrow(moment, first)
+            low, high = (int(np.clip(moment * AUDIO_RATE - begin + side * 0.1 / 2 * AUDIO_RATE, 0, max(sound.end - begin, 0))) for side in (-1, 1))
+            energy = (sound.cut(begin + low, begin + high).astype(np.float64) ** 2).sum()
+            level = max(float(10 * np.log10(energy / max(high - low, 1) + 1e-12)), -80.0)
+            within = moment - begin / AUDIO_RATE
+            low = int(within * AUDIO_RATE - 800)
+            peak = np.abs(sound.cut(begin + max(low, 0), begin + max(low + 1600, 0))).max(initial=0)
+            middle = begin + int(np.rint(within * AUDIO_RATE))
+            shape = _spectral_shape(sound.cut(middle - 512, middle + 512), np.array([512 / AUDIO_RATE]))[0]
+        self._floor = float(_noise_floor(np.array([level if self._floor is None else self._floor, level]), self.options["rate"])[1])
+        heard = sound.covers(frame["time"])
+        frame.update(heard=heard, voiced=heard and level > HEARD, level=level, shape=shape,
+                     loud=[level, level - self._floor, float((20 * np.log10(peak + 1e-6) - level).clip(0, 30))])
+
+    def _timbre_at(self, number: int) -> float:
+        "As `features._timbre`."
+        reach = range(number - self._short, number + self._short + 1)
+        frames = [self._frame(n) if 0 <= n < self._listened else None for n in reach]
+        voiced = np.array([frame is not None and frame["voiced"] for frame in frames], float)
+        shape = np.stack([np.zeros(12) if frame is None else frame["shape"] for frame in frames])
+
+        def around(x):
+            return gaussian_filter1d(x, _SHORT * self.options["rate"], axis=0, mode="constant", truncate=2)[self._short]
+
+        weight = around(voiced)
+        mean = around(shape * voiced[:, None]) / max(weight, 1e-9)
+        usual = self._timbre.follow(mean[None], voiced[self._short, None] > 0)[0]
+        return float(np.sqrt(((mean - usual) ** 2).mean())) if weight > 0 else np.nan
+
+    def _synchrony_at(self, number: int) -> float:
+        "As `features._synchrony`; before the first frame and after the last the others are mirrored."
+        count = self._pictures if self._finished else 1 << 40
+        places = [n % (2 * count) for n in range(number - self._long, number + self._long + 1)]
+        frames = [self._frame(min(n, 2 * count - 1 - n)) for n in places]
+        mouth = np.array([frame["mouth"] for frame in frames], np.float32)
+        level = np.array([frame["level"] for frame in frames])
+        both = np.array([frame["found"] and frame["heard"] for frame in frames], float)
+        return float(_synchrony(mouth, level / 20, both, self.options["rate"])[self._long])
+
+    def _embed(self, frame: dict) -> tuple[np.ndarray, bool]:  # [Da], and whether there is sound
+        audio, moment, margin = self.encoders[1], frame["moment"], self._wide.margin
+        if isinstance(audio, AudioEncoder):  # which of two embeddings is nearer must not depend on where this piece begins
+            moment = float(np.rint(moment / EMBEDDING_STEP)) * EMBEDDING_STEP
+        step = round(EMBEDDING_STEP * AUDIO_RATE)
+        first = max(int((moment - margin) * AUDIO_RATE) // step * step, 0)
+        piece = self._sound.cut(frame["begin"] + first, min(frame["begin"] + int((moment + margin) * AUDIO_RATE), self._sound.end))
+        with torch.inference_mode():
+            rows, ok = audio.at(torch.from_numpy(piece).to(next(audio.parameters()).device), np.array([moment - first / AUDIO_RATE]))
+        return rows[0], bool(ok[0])
+
+    def _say(self, number: int) -> None:
+        frame = self._frame(number)
+        found, heard = frame["found"], frame["heard"]
+        timbre = self._timbre_at(number) if heard else np.nan
+        synchrony = self._synchrony_at(number) if found and heard else np.nan
+        cues = [*(frame["looks"] if found else [np.nan] * 6), *(frame["loud"] if heard else [np.nan] * 3), timbre, synchrony]
+        sizes = self._sage.model.front.dim
+        audio, audible = self._embed(frame) if heard else (np.zeros(sizes["audio"], np.float32), False)
+        visual = frame["seen"] if found else np.zeros(sizes["visual"], np.float32)
+        device = next(self._sage.model.parameters()).device
+        inputs = (torch.tensor(np.asarray(x)[None, None], device=device) for x in (visual, audio, found, audible, np.array(cues, np.float32)))
+        output = self._sage(*inputs)
+        (valence, arousal), widths = output.va[0, 0].tolist(), output.half_width[0, 0].tolist()
+        row = dict(frame=number + 1, time=frame["time"], valence=valence, arousal=arousal)
+        for name, value, width in zip(("valence", "arousal"), (valence, arousal), widths):
+            row |= {f"{name}_low": max(value - width, -1.0), f"{name}_high": min(value + width, 1.0)}
+        row |= dict(zip((f"reliability_{m}" for m in MODALITIES), output.reliability[0, 0].mean(-1).tolist()))
+        box = frame["box"] if found else [np.nan] * 4
+        self._rows.append(row | dict(face_found=found, voice_heard=bool(audible and frame["voiced"]),
+                                     **dict(zip(("face_x", "face_y", "face_width", "face_height"), box))))
+
+    def save(
+        self,
+        path: str | Path,  # a `.safetensors` file
+    ) -> None:
+        "Write all that the stream remembers: arrays, and JSON for the rest. Rows that were not taken are part of it."
+        arrays = {}
+        state = {name: _pack(value, arrays) for name, value in vars(self).items() if name not in ("encoders", "options")}
+        write_arrays(path, arrays, dict(stream=state, options=self.options, belongs=_fingerprint(self._sage.model, *self.encoders)))
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | Path,  # as written by `save`
+        model: SAGE,  # the model
+        encoders: tuple[nn.Module, nn.Module],  # and the encoders that it was saved with
+    ) -> Stream:
+        "The stream as it was when it was saved: what comes next gives the same numbers, to the byte. Another model, or no stream's file, raises `DataError`."
+        arrays, meta = read_arrays(path)
+        if "stream" not in meta:
+            raise DataError(f"{path}: holds no stream's memory; give a file that Stream.save wrote")
+        if meta["belongs"] != _fingerprint(model, *encoders):
+            raise DataError(f"{path}: was saved with another model or other encoders; restore it with those")
+        stream = cls(model, encoders, **meta["options"])
+        for name, packed in meta["stream"].items():
+            setattr(stream, name, _unpack(packed, arrays, getattr(stream, name)))
+        return stream
+
+
+def _pack(value, arrays: dict[str, np.ndarray]):
+    "A value as JSON holds it; arrays go to `arrays`. Of an object, what changes."
+    if isinstance(value, Tensor | np.ndarray):
+        name = f"{len(arrays):04d}"
+        arrays[name] = value.cpu().numpy() if isinstance(value, Tensor) else value
+        return {"tensor" if isinstance(value, Tensor) else "array": name}
+    if isinstance(value, dict):
+        return {"dict": {name: _pack(part, arrays) for name, part in value.items()}}
+    if isinstance(value, list | tuple):
+        return [_pack(part, arrays) for part in value]
+    if hasattr(value, "__dict__"):
+        return {"object": {name: _pack(part, arrays) for name, part in vars(value).items() if name not in ("model", "detector", "_next")}}
+    return value
+
+
+def _unpack(packed, arrays: dict[str, np.ndarray], like=None):
+    "The value again; an object is put into `like`."
+    if isinstance(packed, list):
+        return [_unpack(part, arrays) for part in packed]
+    if not isinstance(packed, dict):
+        return packed
+    [(kind, content)] = packed.items()
+    if kind == "tensor":
+        return torch.tensor(arrays[content])  # a copy, aligned as torch wants it
+    if kind == "array":
+        return arrays[content].copy()
+    if kind == "dict":
+        return {name: _unpack(part, arrays) for name, part in content.items()}
+    like = _Track() if like is None else like  # the only objects in lists are other faces
+    for name, part in content.items():
+        setattr(like, name, _unpack(part, arrays, getattr(like, name)))
+    return like
+
+
+def _fingerprint(*networks: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, value in network.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)}".encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+# %% ../nbs/23_streaming.ipynb #dac4e142
+def replay(
+    video: str | Path,
+    piece: float = 0.02,  # seconds of sound that come at once
+) -> Iterator[tuple[str, np.ndarray, float]]:  # "picture" or "sound"; [H, W, 3] or samples [N] at 16 kHz; time of the picture or of the first sample
+    "Pictures and sound of a file as they would have come. A damaged file raises `DataError`."
+    with tempfile.TemporaryDirectory() as scratch:
+        sound = read_sound(video, scratch=scratch)
+
+        def pieces():
+            for begin, end in [] if sound is None else sound.spans.tolist():
+                for low in range(begin, end, step):
+                    samples = sound.samples[low : min(low + step, end)]
+                    yield sound.start + (low + len(samples)) / sound.rate, "sound", samples, sound.start + low / sound.rate
+
+        step = max(round(piece * AUDIO_RATE), 1)
+        pictures = ((frame.time, "picture", frame.image, frame.time) for frame in read_frames(video))
+        for _, *event in heapq.merge(pictures, pieces(), key=lambda event: event[0]):
+            yield tuple(event)
+
+# %% ../nbs/23_streaming.ipynb #f60ebe2a
+def measure_stream(
+    frames: int = 450,  # of the clip
+    warm: int = 30,  # of which the first are not counted
+) -> list[dict]:  # a row as those of `efficiency.measure_extraction`: name, value, unit, sides, bar, met
+    "Measure what a frame of a 640 x 360 stream with 30 pictures a second costs: the 99th percentile; its sides are the mean and that. Networks are the small ones, untrained."
+    taken, threads = [], cv2.getNumThreads()
+    with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng():
+        torch.manual_seed(0)
+        make_sample(Path(temporary) / "sample", subjects=dict.fromkeys(("pretrain", "train", "validation", "test"), 1), seconds=(frames / 30, frames / 30), workers=1)
+        [video, *_] = sorted((Path(temporary) / "sample/corpus/videos").iterdir())
+        stream = Stream(SAGE(64, 64, len(CUES), cue_owners=CUE_OWNERS, causal=True), (VisualEncoder().eval(), AudioEncoder().eval()), 30.0)
+        cv2.setNumThreads(1)
+        try:
+            with quiet():
+                spent = 0.0
+                for kind, data, moment in replay(video):
+                    if kind == "picture":
+                        square = cv2.resize(data, (360, 360), interpolation=cv2.INTER_CUBIC)
+                        data = cv2.copyMakeBorder(square, 0, 0, 140, 140, cv2.BORDER_REPLICATE)
+                    start = time.perf_counter()
+                    stream.push_picture(data, moment) if kind == "picture" else stream.push_sound(data, moment)
+                    said = stream.ready()
+                    spent += time.perf_counter() - start
+                    if kind == "picture":  # with the sound since the one before
+                        taken.append(1e3 * spent)
+                        spent = 0.0
+        finally:
+            cv2.setNumThreads(threads)
+    mean, worst = float(np.mean(taken[warm:])), float(np.percentile(taken[warm:], 99))
+    most = 1000 / 30 / 3
+    return [dict(name="streaming: a frame of 640 x 360 at 30 frames/s, after decoding, 99th percentile (and mean)", value=round(worst, 2), unit="ms",
+                 sides=[round(mean, 2), round(worst, 2)], bar=f"below {most:.1f}", met=worst < most)]
