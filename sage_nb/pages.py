@@ -110,7 +110,7 @@ def _write_mp4(
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
         file.metadata["comment"] = comment
         seen = file.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), width=size[0], height=size[1], pix_fmt="yuv420p",
-                               options={"preset": "veryfast", "g": str(max(round(2 * rate), 1)), "threads": "4",
+                               options={"preset": "veryfast", "bf": "0", "g": str(max(round(2 * rate), 1)), "threads": "4",
                                         "x264-params": "colorprim=bt709:transfer=bt709:colormatrix=bt709", **options})
         seen.codec_context.time_base = _TICK
         streams = [_video_pictures(pictures, seen, zero)]
@@ -147,11 +147,12 @@ def _is_played(
     "Whether every browser plays it, from the time of its first picture on."
     with open_video(video) as container:
         pictures = picture_track(container)
+        packets = [(packet.pts, packet.is_discard) for packet in container.demux(pictures) if packet.size]
         return ("mp4" in container.format.name and container.metadata.get("major_brand") != "qt  " and not info.mirrored and abs(info.start) < 1e-3
                 and (info.sound_start or 0.0) > -0.05 and len(container.streams.video) == 1 and len(container.streams.audio) <= 1
                 and pictures.codec_context.name == "h264" and pictures.codec_context.pix_fmt in ("yuv420p", "yuvj420p")
                 and all(track.codec_context and track.codec_context.name == "aac" for track in container.streams.audio)
-                and not any(packet.is_discard for packet in container.demux(pictures)))
+                and not any(hidden for _, hidden in packets) and not (info.variable and packets != sorted(packets)))
 
 
 def _write_small(
@@ -234,7 +235,7 @@ button, select { font: inherit; color: inherit; background: var(--card); border:
 button { min-width: 5.4em; }
 :focus-visible { outline: 2px solid var(--valence); outline-offset: 2px; }
 #readout { flex: 1 1 330px; min-width: 0; display: grid; align-content: center; gap: 9px; margin: 0; font-variant-numeric: tabular-nums; }
-#readout > div { display: grid; grid-template-columns: 5em 4em minmax(0, 1fr); gap: 0 8px; align-items: center; }
+#readout > div { display: grid; grid-template-columns: 4.6em 4.9em minmax(0, 1fr); gap: 0 8px; align-items: center; }
 dt { color: var(--faint); }
 dd { margin: 0; }
 dd.value { font-size: 19px; font-weight: 600; white-space: nowrap; }
@@ -246,10 +247,17 @@ dd.state { grid-column: 2 / 4; white-space: nowrap; }
 .more { font-size: 12px; color: var(--faint); white-space: nowrap; }
 #curves { position: relative; touch-action: pan-y; cursor: crosshair; user-select: none; -webkit-user-select: none; border-radius: 4px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; line-height: 1.3; padding-top: 6px; }
+.legend > * { position: relative; z-index: 1; background: var(--ground); }
 .legend b { font-weight: 600; color: var(--own); }
 canvas { display: block; width: 100%; }
 #cursor { position: absolute; top: 0; bottom: 18px; width: 2px; margin-left: -1px; background: var(--ink); pointer-events: none; }
-@media (max-width: 620px) { main { padding: 10px 12px 20px; } #player, #screen { width: 100% !important; } #readout { flex-basis: 100%; } }
+@media (max-width: 620px) {
+  main { display: flex; flex-direction: column; padding: 10px 12px 20px; }
+  #top { display: contents; }
+  #player, #screen { width: 100% !important; }
+  #curves, #readout, #hint { order: 1; }
+  #readout { margin: 10px 0; }
+}
 """
 
 
@@ -269,7 +277,7 @@ _BODY = """
 <button id="play">Play</button><button id="mute">Mute</button>
 <label><input type="checkbox" id="boxed" checked> face box</label>
 <label id="who">face <select id="face"></select></label>
-<label id="zoom">curves of <select id="span"></select></label>
+<label id="zoom">show <select id="span"></select></label>
 </div>
 </div>
 <dl id="readout"></dl>
@@ -302,7 +310,8 @@ const faces = data.faces.map(face => ({
   ...unpack(face.numbers, raw => Float32Array.from(new Int16Array(raw.buffer), v => v === -32768 ? NaN : v / 1e4))}));
 const has = column => faces.some(face => face[column]);
 const video = byId("video"), curves = byId("curves"), cursor = byId("cursor");
-let face = faces[0], now = 0, index = 0, seconds = 0, view = {from: 0, to: duration}, wanted = null, dragging = false;
+let face = faces[0], now = 0, index = 0, seconds = 0, view = {from: 0, to: duration}, dragging = false;
+let wanted = null, painted = null;  // a time to go to next, the time of the picture that is shown
 
 // the row of the picture that is shown at this time
 function frameAt(time) {
@@ -322,7 +331,6 @@ const measures = [
   ...[["sight", "reliability_visual"], ["sound", "reliability_audio"]].map(([name, column]) => (
     {name, column, from: 0, text: v => v.toFixed(2), title: "how reliable " + name + " is at this moment, from 0 to 1"})),
 ].filter(measure => has(measure.column));
-const states = [["face_found", "face", "found", "not found"], ["voice_heard", "voice", "heard", "not heard"]];
 const cells = {};
 
 function row(name, kind) {
@@ -340,7 +348,7 @@ for (const measure of measures) {
   if (measure.from) make(scale, "i", {className: "middle"});
   Object.assign(measure, {band: make(scale, "i", {className: "band"}), bar: make(scale, "i"), more: make(cell, "div", {className: "more"})});
 }
-for (const [, name] of states) row(name, "state");
+row("input", "state");
 
 function span(element, from, to) {
   element.style.left = 100 * from + "%";
@@ -357,9 +365,9 @@ function read() {
     band.hidden = isNaN(low);
     if (from) bar.style.cssText = "left: calc(" + 100 * place(value) + "% - 3px); width: 6px"; else span(bar, 0, value);
     span(band, place(low), place(high));
-    more.textContent = isNaN(low) ? "" : "90 %: " + signed(low) + " to " + signed(high);
+    more.textContent = from === 0 ? "reliability" : isNaN(low) ? "" : "90 %: " + signed(low) + " to " + signed(high);
   }
-  for (const [column, name, yes, no] of states) cells[name].textContent = face[column][index] ? yes : no;
+  cells.input.textContent = (face.face_found[index] ? "face found, " : "no face found, ") + (face.voice_heard[index] ? "voice heard" : "no voice heard");
   curves.setAttribute("aria-valuenow", now.toFixed(2));
   curves.setAttribute("aria-valuetext", times[index].toFixed(2) + " seconds, valence " + signed(at("valence")) + ", arousal " + signed(at("arousal")));
 }
@@ -527,6 +535,7 @@ function show(time) {
 }
 
 function seek(time) {
+  painted = null;
   video.currentTime = times[frameAt(time)] + 1e-3;
 }
 
@@ -535,8 +544,13 @@ function jump(time) {
   if (video.seeking) wanted = now; else seek(now);
 }
 
+function settle() {
+  if (painted !== null && !video.seeking && wanted === null) show(painted);
+}
+
 function follow(_, shown) {
-  if (!video.seeking && wanted === null) show(shown.mediaTime);
+  painted = shown.mediaTime;
+  settle();
   video.requestVideoFrameCallback(follow);
 }
 
@@ -547,7 +561,7 @@ function tick() {
 
 if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(follow); else requestAnimationFrame(tick);
 video.addEventListener("seeked", () => {
-  if (wanted === null) return;
+  if (wanted === null) return settle();
   const time = wanted;
   wanted = null;
   seek(time);
@@ -584,7 +598,7 @@ byId("boxed").addEventListener("change", frame);
 faces.forEach((own, i) => make(byId("face"), "option", {value: i, textContent: own.name.replace("face ", "")}));
 byId("who").hidden = faces.length < 2;
 byId("face").addEventListener("change", event => choose(faces[event.target.value]));
-for (const [length, text] of [[0, "all"], [60, "1 minute"], [10, "10 seconds"]])
+for (const [length, text] of [[0, "the whole"], [60, "a minute"], [10, "ten seconds"]])
   if (length < duration) make(byId("span"), "option", {value: length, textContent: text});
 byId("zoom").hidden = byId("span").length < 2;
 byId("span").addEventListener("change", event => {
@@ -631,7 +645,7 @@ const parts = [...document.querySelectorAll("script.film")].map(part => {
 });
 video.src = data.link || URL.createObjectURL(new Blob(parts, {type: "video/mp4"}));
 byId("screen").style.aspectRatio = data.ratio;
-byId("screen").style.width = "min(" + 46 * data.ratio + "vh, 640px, 100vw - 36px)";
+byId("screen").style.width = "min(" + 38 * data.ratio + "vh, 640px, 100vw - 36px)";
 byId("mute").hidden = !data.sound;
 curves.setAttribute("aria-valuemax", duration.toFixed(2));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
@@ -667,7 +681,7 @@ def write_page(
         if linked:
             remark = (f'<p class="note">The video is too long to be kept in this page ({info.duration / 60:.0f} minutes): it is played from '
                       f"{html.escape(printable(os.path.relpath(linked, path.parent)))}, which must stay where it is.</p>\n")
-        warning = "<strong>A demonstration, not fit for real faces.</strong> " if about.get("demonstration") else ""
+        warning = "<strong>A demonstration.</strong> " if about.get("demonstration") else ""
         link = linked and quote(os.fsencode(os.path.relpath(linked, path.parent)))
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(
@@ -771,7 +785,7 @@ class _Panel:
         if len(band):
             cv2.fillPoly(image, [np.round(8 * band).astype(np.int32)], np.round(0.68 * _CARD + 0.32 * _DARK[axis]).tolist(), cv2.LINE_AA, 3)
         cv2.polylines(image, [np.round(8 * place[""]).astype(np.int32)], False, _DARK[axis].tolist(), max(round(u / 8), 1), cv2.LINE_AA, 3)
-        cv2.circle(image, tuple(np.round(8 * place[""][-1]).astype(int).tolist()), round(8 * 0.22 * u), _INK.tolist(), -1, cv2.LINE_AA, 3)
+        cv2.circle(image, tuple(np.round(8 * place[""][-1]).astype(int).tolist()), round(8 * 0.28 * u), _INK.tolist(), -1, cv2.LINE_AA, 3)
 
     def _trust(self, image: np.ndarray, row: int, top: float) -> None:
         u, left, right = self.unit, self.width - 11.4 * self.unit, self.width - 0.8 * self.unit
@@ -781,7 +795,7 @@ class _Panel:
             value = self.columns[column][row]
             _put(image, name, left, top + 0.5 * u, u, _DARK[name])
             if not self.columns[flag][row]:
-                _put(image, absent, left + 3.8 * u, top - 0.65 * u, 0.8 * u, _FAINT)
+                _put(image, absent, left + 3.8 * u, top + 1.45 * u, 0.8 * u, _FAINT)
             if np.isnan(value):
                 continue
             bar = left + 3.8 * u, right - 2.9 * u
@@ -849,4 +863,4 @@ def write_overlay(
 
     with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
         _write_mp4(temporary, pictures(), (full, total), info.rate, read_sound(video, _RATE, folder), min(info.start, 0.0), {"crf": "20"},
-                   f"{warning or 'predicted'}; {printable(_training(tables[0]))}")
+                   printable(_training(tables[0])))
