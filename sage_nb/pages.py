@@ -166,7 +166,7 @@ def _write_small(
     width, height = (max(2 * round(side * scale / 2), 2) for side in (info.width, info.height))
     pictures = ((frame.time, _fitted(frame.image, width, height)) for frame in progress(read_frames(video), "video for the page", info.frames))
     _write_mp4(path, pictures, (width, height), info.rate, read_sound(video, _RATE, path.parent), info.start,
-               {"crf": "25", "maxrate": str(round(bits)), "bufsize": str(round(2 * bits))})
+               {"crf": "25", "maxrate": str(round(bits)), "bufsize": str(round(bits))})
 
 
 def _write_film(
@@ -666,7 +666,7 @@ def write_page(
     tables, info = _checked(path, table, video)
     about, name = _about(tables[0]), html.escape(printable(video.name))
     film, linked, remark = video, None, ""
-    bits = min(_RICHEST, 8 * _LARGEST / info.duration - _SOUND_BITS)
+    bits = min(_RICHEST, 8 * _LARGEST / (info.duration + 1) - _SOUND_BITS)  # it may run up a second's worth
     is_played = _is_played(video, info)
     with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
         if is_played and video.stat().st_size <= _LARGEST:
