@@ -54,7 +54,8 @@ def clip(tmp_path_factory):
 
 
 def opened(page, path):
-    "Go to the page and wait until its video can be shown."
+    "Go to the page and wait until its video can be shown, however busy the machine is."
+    page.set_default_timeout(120_000)
     page.goto(path.as_uri())
     page.wait_for_function("document.getElementById('video').readyState >= 2")
 
@@ -162,7 +163,7 @@ def test_one_of_several_faces_is_chosen(clip, tmp_path, page):
     assert [text for text in page.locator(".box span").all_inner_texts()] == ["face 1", "face 2"] and page.locator("#who").is_visible()
     arousal, curve = page.locator("#now-arousal"), "document.querySelectorAll('canvas')[1].toDataURL()"
     before = arousal.inner_text(), page.evaluate(curve)
-    page.locator("#face").select_option(value="1")
+    page.locator("#face").select_option(index=1)
     assert arousal.inner_text() == "\u22120.50" and before[0] == "+0.50" and page.evaluate(curve) != before[1]
     assert page.locator(".box.chosen").inner_text() == "face 2"
     page.locator(".box").first.click()
@@ -466,14 +467,15 @@ def test_the_video_itself_is_not_overwritten(clip):
 
 
 def test_memory_does_not_grow_with_the_video(tmp_path):
+    "Without sound, of which up to a minute is in memory at once."
     peaks = []
     for count in (100, 400):
         times = np.arange(count) / 25
-        video = write_clip(tmp_path / f"{count}.avi", numbered(60)[:50] * (count // 50), times, np.zeros(44100 * count // 25))
+        video = write_clip(tmp_path / f"{count}.avi", numbered(50) * (count // 50), times)
         table = predicted(times)
         for write, name in ((write_overlay, "o.mp4"), (write_page, "p.html")):
             tracemalloc.start()
             write(tmp_path / name, table, video)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-    assert max(peaks[2] - peaks[0], peaks[3] - peaks[1]) < 1.5e6, peaks  # the pictures of the longer one take 13 MB more, its sound 2 MB
+    assert max(peaks[2] - peaks[0], peaks[3] - peaks[1]) < 1e6, peaks  # the pictures of the longer one take 13 MB more
