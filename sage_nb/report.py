@@ -14,12 +14,12 @@ from .tables import model_label, number, p_text
 
 # %% auto #0
 __all__ = ['KEYS', 'NOTEBOOKS', 'PAPER', 'LINEAGE', 'OURS', 'CITE', 'THEN', 'SIGMA0', 'SIGMA', 'X_OWN', 'X_OTHER', 'CCC', 'STEP',
-           'EVIDENCE', 'WEIGHTS', 'FUSED', 'VARIANCE', 'DRAWN', 'QUESTIONS', 'STYLE', 'SECTIONS', 'Table', 'shown',
-           'grouped', 'Results', 'told', 'listed', 'by_case', 'notebook', 'figure', 'show', 'section', 'standing',
-           'best_baseline', 'criteria', 'measured_on', 'claim', 'mi', 'sub', 'both', 'frac', 'math', 'under', 'called',
-           'median', 'drawing', 'recipe', 'method', 'data', 'results', 'ablations', 'robustness', 'reliability',
-           'calibration', 'efficiency', 'replication', 'criteria_section', 'literature', 'limits', 'chain', 'runs_text',
-           'appendix', 'write_report']
+           'EVIDENCE', 'WEIGHTS', 'FUSED', 'VARIANCE', 'DRAWN', 'QUESTIONS', 'FOLDERS', 'STYLE', 'SECTIONS', 'Table',
+           'shown', 'grouped', 'Results', 'told', 'listed', 'by_case', 'notebook', 'figure', 'show', 'section',
+           'standing', 'best_baseline', 'criteria', 'measured_on', 'claim', 'mi', 'sub', 'both', 'frac', 'math',
+           'under', 'called', 'median', 'drawing', 'recipe', 'method', 'data', 'results', 'ablations', 'robustness',
+           'reliability', 'calibration', 'efficiency', 'replication', 'criteria_section', 'literature', 'limits',
+           'chain', 'runs_text', 'appendix', 'write_report']
 
 # %% ../nbs/27_report.ipynb #64adb55c
 KEYS = {  # table -> columns that name a row, as in its provenance
@@ -791,6 +791,9 @@ def runs_text(runs: list[str]) -> str:
     return "; ".join(f"{label} {', '.join(seeds)}" for label, seeds in groups.items()) or "–"
 
 
+FOLDERS = {".ipynb": "nbs/", ".py": "sage_nb/"}  # of a stage's code
+
+
 def _entries(table: Table, notes: dict) -> dict[str, dict]:  # id -> text, rows, column, how, value, stage, runs, seeds
     "What is known of each number taken from a table."
     found = {}
@@ -820,8 +823,8 @@ def appendix(r: Results, stages: dict[str, dict]) -> str:
     for stage, record in stages.items():
         inputs = "".join(f"<li><code>{value['hash']}</code> {escape(path)}" + (f', made by <a href="#stage-{value["made_by"]}">{value["made_by"]}</a>' if value.get("made_by") in stages else "") + "</li>"
                          for path, value in sorted(record["inputs"].items()))
-        code = "".join(f'<li><code>{value}</code> <a href="{r.root}/{where}{name}">{name}</a></li>' for files, where in ((record["code"], None), (record["environment"], ""))
-                       for name, value in sorted(files.items()) for where in [("nbs/" if name.endswith(".ipynb") else "sage_nb/") if where is None else where])
+        files = record["code"] | record["environment"]
+        code = "".join(f'<li><code>{value}</code> <a href="{r.root}/{FOLDERS.get(Path(name).suffix, "")}{name}">{name}</a></li>' for name, value in sorted(files.items()))
         links.append(f'<details class="stage-record" id="stage-{stage}"><summary>{stage}</summary><p>Reads</p><ul>{inputs or "<li>nothing</li>"}</ul><p>Parameters</p>'
                      f'<pre>{escape(json.dumps(record["parameters"], sort_keys=True, ensure_ascii=False))}</pre><p>Code and environment</p><ul>{code}</ul></details>\n')
     told = (f"Stages of the pipeline behind these tables and figures, with hashes of what each has read and of its code. <code>make repro</code> runs them, <code>make verify</code> compares their results with what is committed "
