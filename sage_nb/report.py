@@ -45,8 +45,8 @@ class Table:
         self.about = read_json(f"{path}.provenance.json")
         caption, _, heads, marks, *rows = Path(f"{path}.md").read_text(encoding="utf-8").splitlines()
         self.caption, self.heads = caption, heads[2:-2].split(" | ")
-        self.left = [mark == ":--" for mark in marks[2:-2].split(" | ")]
         self.texts = [row[2:-2].split(" | ") for row in rows]
+        self.left = [mark == ":--" or any(re.search("[A-Za-z]{3}", text) for text in column) for mark, column in zip(marks[2:-2].split(" | "), [*zip(*self.texts)] or [()] * len(self.heads))]
         if set(self.values.index) != set(self.about["cells"]) or len(self.texts) != len(self.values):
             raise DataError(f"{path}.csv: its rows are not those of its markdown and provenance; run `make repro` again")
 
@@ -928,8 +928,8 @@ svg .trust-text,svg text[text-anchor=end]{text-anchor:end}svg text[text-anchor=s
 @media (min-width:72rem){.page{display:grid;grid-template-columns:13rem minmax(0,1fr);column-gap:3.5rem}header{grid-column:2}nav{grid-column:1;grid-row:2;position:sticky;top:2.5rem;align-self:start;margin:0;max-height:calc(100vh - 4rem);overflow:auto}nav ol{columns:1}main{grid-column:2}}
 @media (max-width:34rem){.page{padding:0 1rem 3rem}header{padding-top:2.2rem}body{font-size:1.02rem}h2{margin-top:3.2rem;font-size:1.45rem}.tiles{grid-template-columns:1fr 1fr}.tile{padding:.8rem}.tile b{font-size:1.5rem}}
 @media (max-width:40rem){tbody th{min-width:7rem;max-width:9rem}}
-@media print{:root{--page:#fff;--ink:#000;--soft:#444;--line:#bbb;--card:#f3f3f3;--link:#000;--own:#eef3f8}body{font-size:10pt;line-height:1.45}.page{display:block;padding:0;max-width:none}nav,summary{display:none}details::details-content{content-visibility:visible;display:block;height:auto;opacity:1}
-figcaption{break-after:auto}img.plot,svg.drawing{min-width:0;max-width:100%;break-inside:avoid}.scroll{overflow:visible}table{font-size:6.6pt;width:100%}th,td{padding:.12rem .25rem;white-space:normal}tbody th{position:static;min-width:0}td.l{min-width:0}thead{display:table-header-group}tr{break-inside:avoid}h2,h3,h4{break-after:avoid}h2{margin-top:1.6rem}pre{max-height:none}a.n{text-decoration:none}.tiles{grid-template-columns:repeat(4,1fr)}section>*,header,figcaption,footer,.banner{max-width:none}}
+@media print{:root{--page:#fff;--ink:#000;--soft:#444;--line:#bbb;--card:#f3f3f3;--link:#000;--own:#eef3f8}html{font-size:9.6pt}body{font-size:1rem;line-height:1.45}.page{display:block;padding:0;max-width:none}nav,summary{display:none}details::details-content{content-visibility:visible;display:block;height:auto;opacity:1}
+figcaption{break-after:auto}img.plot,svg.drawing{min-width:0;max-width:100%;break-inside:avoid}.scroll{overflow:visible}table,table.entries{font-size:6.6pt;width:100%}pre{font-size:6.4pt}th,td{padding:.12rem .25rem;white-space:normal}tbody th{position:static;min-width:0}td.l{min-width:0}thead{display:table-header-group}tr{break-inside:avoid}h2,h3,h4{break-after:avoid}h2{margin-top:1.6rem}pre{max-height:none}a.n{text-decoration:none}.tiles{grid-template-columns:repeat(4,1fr)}section>*,header,figcaption,footer,.banner{max-width:none}}
 @page{margin:16mm 15mm}
 """
 

@@ -255,7 +255,7 @@ def test_what_a_killed_process_left_half_written_is_no_output(project):
 def test_an_out_may_be_a_file(project):
     (project / "dvc.yaml").write_text(STAGES.replace('"${paths.results}/tables": {cache: false}', '"${paths.results}/page.html": {cache: false}'))
     path, source = project / "nbs/21_stage_report.ipynb", 'results = "r"\nitems = "i"\ntitle = "t"'
-    notebook(path, source, "pass")
+    notebook(path, source, "from sage_nb import core")
     write_sources(project)
     run_stage(project, "make")
     with pytest.raises(DataError, match="^21_stage_report.ipynb: it ended without writing results/page.html; let it write to the folder in `results`$"):
