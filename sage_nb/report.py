@@ -895,7 +895,7 @@ th,td{padding:.34rem .55rem;text-align:right;white-space:nowrap;border-bottom:1p
 th.l,td.l{text-align:left}
 thead th{color:var(--soft);font-weight:600;border-bottom:1.5px solid var(--soft);white-space:normal;vertical-align:bottom}
 tbody th{font-weight:400;position:sticky;left:0;background:var(--page);max-width:24rem;white-space:normal;min-width:9rem}
-td.l{white-space:normal;min-width:5rem;max-width:22rem}
+td.l{white-space:normal;min-width:6.2rem;max-width:22rem}
 tr.own>*{background:var(--own);font-weight:600}
 tbody tr:hover>*{background:var(--card)}
 tr:target>*{background:var(--trust)!important}
