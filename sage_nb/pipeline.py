@@ -36,7 +36,7 @@ def read_params(
 def read_stages(
     root: Path,
     paths: dict[str, str],  # section `paths` of params.yaml
-) -> dict[str, dict]:  # stage -> notebook, deps, outs: path -> (its name in `paths`, rest of the path), cached: paths of outs not in git, tracked: parameters that make it stale, apart: runs only when named
+) -> dict[str, dict]:  # stage -> notebook, deps, outs: path -> (its name in `paths`, rest of the path), cached: paths of outs not in git, tracked: parameters that make it stale, apart: runs only when named, also: what it reads of stages apart, where it is there
     "Read those stages of `dvc.yaml` that run a notebook."
 
     def fill(text: str) -> str:
@@ -59,7 +59,8 @@ def read_stages(
             outs[fill(out)] = (name, rest)
             cached += [fill(out)] * about.get("cache", True)
         stages[stage] = dict(notebook=notebook, deps=[fill(dep) for dep in entry["deps"]], outs=outs, cached=cached,
-                             tracked=entry.get("params", []), apart=entry.get("meta", {}).get("apart", False))
+                             tracked=entry.get("params", []), apart=entry.get("meta", {}).get("apart", False),
+                             also=[fill(path) for path in entry.get("meta", {}).get("also", [])])
     return stages
 
 # %% ../nbs/28_pipeline.ipynb #0468268b
@@ -349,7 +350,8 @@ def run_stage(
 
     def record() -> dict:
         parameters = stage_parameters(root, stage, notebook)
-        return provenance(root, stage, entry["deps"], {name: value for name, value in parameters.items() if name != WORKERS})
+        read = entry["deps"] + [path for path in entry["also"] if (root / path).exists()]
+        return provenance(root, stage, read, {name: value for name, value in parameters.items() if name != WORKERS})
 
     values, before = stage_parameters(root, stage, notebook), record()
     if set(entry["outs"]) - set(entry["cached"]) and not all(is_sample(root, {name: path}) for name, path in _corpora(before)):
@@ -362,7 +364,8 @@ def run_stage(
     state = root / ".work" / stage / core.value_hash(before | dict(parameters=lasting))
     _remove_leftovers(state)
     for name, rest in entry["outs"].values():
-        (state / name / rest).mkdir(parents=True, exist_ok=True)
+        made = state / name / rest
+        (made.parent if made.suffix else made).mkdir(parents=True, exist_ok=True)
         values[name] = str((state / name).relative_to(root))
     for name, value in zip(GIVEN, (before, str((state / "scratch").relative_to(root)))):
         if name in notebook_parameters(notebook):
@@ -374,8 +377,8 @@ def run_stage(
     _remove_leftovers(state)
     for out, (name, rest) in entry["outs"].items():
         made = state / name / rest
-        if not any(made.iterdir()):
-            raise DataError(f"{notebook.name}: it ended without writing anything to {out}; let it write to the folder in `{name}`")
+        if not (made.is_file() if made.suffix else any(made.iterdir())):
+            raise DataError(f"{notebook.name}: it ended without writing {'' if made.suffix else 'anything to '}{out}; let it write to the folder in `{name}`")
         if out in entry["cached"]:
             core.write_json(made / "stage.json", before)
         (root / out).parent.mkdir(parents=True, exist_ok=True)
@@ -476,6 +479,21 @@ def fetch_sample(
     shutil.rmtree(beside)
 
 
+def _outdated(
+    root: Path,
+    stages: dict[str, dict],  # from `read_stages`
+) -> list[str]:
+    "Stages whose record says that what a stage apart makes was another, or not there, when they read it."
+    found = []
+    for stage, entry in stages.items():
+        there = {path: core.content_hash(root / path) for path in entry["also"] if (root / path).exists()}
+        for record in [root / out for out in entry["outs"] if entry["also"] and out.endswith(".provenance.json") and (root / out).is_file()]:
+            read = core.read_json(record)["stages"][stage]["inputs"]
+            if {path: read[path]["hash"] for path in entry["also"] if path in read} != there:
+                found.append(stage)
+    return found
+
+
 def repro(
     root: Path,
     *arguments: str,  # passed on to `dvc repro`
@@ -492,6 +510,8 @@ def repro(
     every = read_stages(root, paths)
     if code := _run_dvc(root, "repro", *arguments, *(stages or [stage for stage, entry in every.items() if not entry["apart"]])):
         return 2 if any((root / ".work/log").glob("*.error")) else code
+    if (outdated := _outdated(root, every)) and (code := _run_dvc(root, "repro", "--force", "--single-item", *outdated)):
+        return 2 if any((root / ".work/log").glob("*.error")) else code
     logs = {stage: root / ".work/log" / f"{stage}.json" for stage in every}
     ran = {stage: core.read_json(log) for stage, log in logs.items() if log.is_file()}
     print()
@@ -503,7 +523,7 @@ def repro(
             print(f"{stage:10} {log['seconds'] / 60:7.1f}  {log['megabytes']:8,} MB")
         print(f"{'together':10} {sum(log['seconds'] for log in ran.values()) / 60:7.1f}  "
               f"{max(log['megabytes'] for log in ran.values()):8,} MB")
-    for title, pattern in {"tables": "tables/*.md", "figures": "figures/*.png", "report": "report.*", "replicated": "replication/*.md"}.items():
+    for title, pattern in {"tables": "tables/*.md", "figures": "figures/*.png", "report": "report.html", "replicated": "replication/*.md"}.items():
         for path in sorted((root / paths["results"]).glob(pattern)):
             print(f"{title:10} {path.relative_to(root)}")
     return 0

@@ -19,6 +19,7 @@ def context(tmp_path_factory):
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True, args=QUIET)
+        browser.set_default_timeout(300_000)  # ms; no test is about time
         yield browser
         browser.close()
 

@@ -15,7 +15,7 @@ from sage_nb.pipeline import read_params, read_stages
 
 COPIED = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitattributes", ".gitignore", "Makefile", "dvc.yaml", "nbs", "params.yaml",
           "pyproject.toml", "requirements.lock", "sage_nb", "settings.ini",
-          *sorted({dep for stage in read_stages(ROOT, read_params(ROOT)["paths"]).values() for dep in stage["deps"] if dep.startswith("results/")}))
+          "results/bench.json")
 SMALL = dict(prepare=dict(dev_groups=2, calibration_groups=2), pretrain=dict(visual_steps=5, audio_steps=5),
              conditions=dict(seeds=[0], epochs=1), evaluate=dict(robustness_seeds=[0]), tables=dict(resamples=50), figures=dict(resamples=50),
              replicate=dict(dev_groups=1, calibration_groups=1, visual_steps=5, audio_steps=5, epochs=1, seeds=[0], corpora=dict(control=dict(
@@ -59,7 +59,7 @@ def make(folder: Path, target: str, *prefix: str) -> str:
 def test_from_raw_video_to_tables_and_figures_and_again(scratch):
     said = make(scratch, "repro")
     assert "peak memory" in said
-    for name in ("tables/comparison.md", "figures/clip.png", "figures/reliability.png", "figures/training.png", "figures/architecture.png"):
+    for name in ("tables/comparison.md", "figures/clip.png", "figures/reliability.png", "figures/training.png", "figures/architecture.png", "report.html"):
         assert f"results/{name}" in said and (scratch / "results" / name).stat().st_size > 0
 
     rows = list(csv.DictReader((scratch / "results/tables/comparison.csv").open()))
@@ -71,7 +71,9 @@ def test_from_raw_video_to_tables_and_figures_and_again(scratch):
     assert {row["model"] for row in rows} == set(KEPT["models"])
     stages = read_stages(scratch, read_params(scratch)["paths"])
     assert [line.split()[0] for line in said.splitlines() if line.endswith(" MB") and "together" not in line] == [name for name, stage in stages.items() if not stage["apart"]]
-    assert not (scratch / "results/replication").exists()
+    assert not (scratch / "results/replication").exists() and "The comparison was not repeated on other corpora" in (scratch / "results/report.html").read_text()
+    about = json.loads((scratch / "results/report.provenance.json").read_text())
+    assert set(about["stages"]["report"]["inputs"]) == {"results/tables", "results/figures"} and "data/corpus" in about["stages"]["prepare"]["inputs"]
     for path in (scratch / "results").glob("*/*.md"), (scratch / "results").glob("*/*.png"):
         for file in path:
             about = json.loads(file.with_suffix(".provenance.json").read_text())
@@ -79,7 +81,7 @@ def test_from_raw_video_to_tables_and_figures_and_again(scratch):
 
     assert "Nothing to do: every stage is up to date." in make(scratch, "repro")
     stray = subprocess.run(["git", "status", "--porcelain"], cwd=scratch, capture_output=True, text=True).stdout.split("\n")
-    assert {line[3:] for line in stray if line} == {"dvc.lock", "results/tables/", "results/figures/"}
+    assert {line[3:] for line in stray if line} == {"dvc.lock", "results/tables/", "results/figures/", "results/report.html", "results/report.provenance.json"}
 
     commit(scratch)
     assert "verified: every file of results/ and dvc.lock has the bytes that are committed" in make(scratch, "verify", *ONE_CORE)  # bytes do not depend on how many work
@@ -112,6 +114,9 @@ def test_the_replication_makes_its_corpora_and_judges_them(scratch):
     assert [row["criterion"] for row in rows["verdicts"]] == ["P of SAGE less that of concatenation", "verdict: criteria that are met"]
     about = json.loads((scratch / "results/replication/verdicts.provenance.json").read_text())
     assert set(about["stages"]) == {"replicate", "verdict"} and "sample.py" in about["stages"]["replicate"]["code"] and "results/replication/verdicts.md" in said
+    if (scratch / "results/report.html").is_file():  # made before: it now tells of the replication too
+        assert "“control”" in (scratch / "results/report.html").read_text() and "results/report.html" in said
+        assert "results/replication" in json.loads((scratch / "results/report.provenance.json").read_text())["stages"]["report"]["inputs"]
 
 
 def test_the_search_has_a_row_a_model_and_takes_its_best(scratch):

@@ -141,11 +141,12 @@ def test_a_stage_depends_on_the_paths_and_parameters_it_is_given(stages):
     params = read_params(ROOT)
     entries = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for name, stage in stages.items():
-        apart_from_workers = [f"{name}.{own}" for own in params[name] if own != "scheduler"]
-        assert entries[name]["params"] == ([name] if len(apart_from_workers) == len(params[name]) else apart_from_workers)
+        section = params.get(name, {})
+        apart_from_workers = [f"{name}.{own}" for own in section if own != "scheduler"]
+        assert entries[name].get("params", []) == ([name] * bool(section) if len(apart_from_workers) == len(section) else apart_from_workers)
         given = set(notebook_parameters(ROOT / "nbs" / Path(stage["notebook"]).name))
         declared = set(re.findall(r"paths\.(\w+)", json.dumps(entries[name])))
-        assert given - set(GIVEN) == set(params[name]) | declared, name
+        assert given - set(GIVEN) == set(section) | declared, name
 
 
 def test_stepping_through_prepare_makes_the_splits_of_the_pipeline():
@@ -203,6 +204,12 @@ def test_the_replication_differs_from_the_pipeline_in_its_corpora_alone(stages):
 
 def test_changing_a_figure_runs_one_stage(stages):
     assert [name for name, stage in stages.items() if "sage_nb/figures.py" in stage["deps"]] == ["figures"]
+
+
+def test_the_report_comes_last_and_is_cheap(stages):
+    assert list(stages)[-1] == "report" and stages["report"]["outs"].keys() == {"results/report.html", "results/report.provenance.json"}
+    assert [dep for dep in stages["report"]["deps"] if not dep.startswith(("sage_nb/", "work/sources/"))] == ["results/tables", "results/figures"]
+    assert stages["report"]["also"] == list(stages["verdict"]["outs"])
 
 
 def test_only_evaluation_reads_the_truth(stages):
@@ -316,7 +323,7 @@ def test_what_must_not_be_committed_is_ignored(path):
 
 
 def test_results_are_not_ignored():
-    for path in ("results/tables/comparison.csv", "results/figures/clip.png", "data.dvc", "dvc.lock"):
+    for path in ("results/tables/comparison.csv", "results/figures/clip.png", "results/report.html", "data.dvc", "dvc.lock"):
         assert git("check-ignore", "-q", "--no-index", path).returncode == 1
 
 

@@ -252,6 +252,42 @@ def test_what_a_killed_process_left_half_written_is_no_output(project):
     assert {path.name for path in (project / "work/items").iterdir()} == {*(f"{i}.json" for i in range(6)), "stage.json"}
 
 
+def test_an_out_may_be_a_file(project):
+    (project / "dvc.yaml").write_text(STAGES.replace('"${paths.results}/tables": {cache: false}', '"${paths.results}/page.html": {cache: false}'))
+    path, source = project / "nbs/21_stage_report.ipynb", 'results = "r"\nitems = "i"\ntitle = "t"'
+    notebook(path, source, "from sage_nb import core")
+    write_sources(project)
+    run_stage(project, "make")
+    with pytest.raises(DataError, match="^21_stage_report.ipynb: it ended without writing results/page.html; let it write to the folder in `results`$"):
+        run_stage(project, "report")
+    assert not (project / "results").exists()
+    for text in ("one", "another"):
+        notebook(path, source, f'from sage_nb import core\ncore.write_text(f"{{results}}/page.html", "{text}")')
+        write_sources(project)
+        run_stage(project, "report")
+        assert {file.name: file.read_text() for file in (project / "results").iterdir()} == {"page.html": text}
+
+
+def test_what_is_made_of_a_stage_apart_is_made_again_when_that_has_changed(project):
+    "The stage reads it where it is there; DVC, which must not make it, does not look."
+    (project / "dvc.yaml").write_text(STAGES.replace('    outs: ["${paths.results}/tables": {cache: false}]', '''    meta: {also: ["${paths.results}/aside"]}
+    outs: ["${paths.results}/page.provenance.json": {cache: false}]''').replace("21_stage_report.ipynb]", "21_stage_report.ipynb, nbs/22_stage_aside.ipynb]", 1) + ASIDE)
+    notebook(project / "nbs/21_stage_report.ipynb", 'items = "i"\nresults = "r"\ntitle = "t"\nprovenance = {}',
+             'from sage_nb import core\ncore.write_json(f"{results}/page.provenance.json", dict(stages=dict(report=provenance)))')
+    notebook(project / "nbs/22_stage_aside.ipynb", 'results = "results"\nword = ""', 'from sage_nb import core\ncore.write_text(f"{results}/aside/said.txt", word)')
+
+    def read() -> set[str]:
+        return set(json.loads((project / "results/page.provenance.json").read_text())["stages"]["report"]["inputs"])
+
+    set_params(project, aside=dict(word="once"))
+    assert pipeline(project, "repro").returncode == 0 and read() == {"work/items", "data/truth"}
+    done = pipeline(project, "repro", "aside")
+    assert done.returncode == 0 and "Running stage 'report'" in done.stdout and read() == {"work/items", "data/truth", "results/aside"}
+    assert "Nothing to do" in pipeline(project, "repro").stdout
+    shutil.rmtree(project / "results/aside")
+    assert "Running stage 'report'" in pipeline(project, "repro").stdout and read() == {"work/items", "data/truth"}
+
+
 def test_another_error_shows_its_traceback(project):
     assert pipeline(project, "sources").returncode == 0
     (project / "data/corpus/base.txt").write_text("several words")
