@@ -7,8 +7,13 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 
+def known_to_docutils(tex: str) -> str:
+    "The formula with the two commands that docutils lacks written by others."
+    return re.sub(r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l", tex).replace(r"\dots", r"\ldots")
+
+
 def _convert(self, node: nodes.Element, block: bool) -> None:
-    tex = re.sub(r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l", node.astext()).replace(r"\dots", r"\ldots")  # the two that docutils lacks
+    tex = known_to_docutils(node.astext())
     try:
         mathml = tex2mathml(tex, as_block=block)
     except MathError as error:

@@ -50,7 +50,12 @@ class Module:
 
 def read_module(path: Path) -> Module:
     "The public names of a module, in the order of its source."
-    return _Reader(path).module()
+    return _reader(path).module()
+
+
+@cache
+def _reader(path: Path) -> _Reader:
+    return _Reader(path)
 
 
 class _Reader:
@@ -67,7 +72,7 @@ class _Reader:
         self.functions = {node.name: node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
     def module(self) -> Module:
-        entries, cell, notebook = [], "", ""
+        entries, cell, notebook, above = [], "", "", {}
         cells = {number: match.groups() for number, line in enumerate(self.lines, 1) if (match := MODULE_LINK.match(line))}
         for node in self.tree.body:
             notebook, cell = cells[max((n for n in cells if n <= node.lineno), default=min(cells))]
@@ -75,6 +80,10 @@ class _Reader:
                 if name in self.public:
                     entry = self._entry(node, name)
                     entry.cell = cell
+                    for parameter in entry.parameters if entry.kind == "function" else ():  # what has the name and type of one above means the same
+                        key = (parameter.name, parameter.annotation)
+                        parameter.about = parameter.about or above.get(key, "")
+                        above.setdefault(key, parameter.about)
                     entries.append(entry)
         return Module(self.name, ast.get_docstring(self.tree) or "", notebook, entries)
 
@@ -152,8 +161,8 @@ class _Reader:
         record = "NamedTuple" in bases or any("dataclass" in ast.unparse(d) for d in node.decorator_list)
         methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
         entry = Entry(node.name, kind)
-        if built := self._constructor(node):
-            entry = built[0]._function(built[1], node.name, "method")
+        if built := self._method(node, "__init__", node.name):
+            entry = built
             entry.signature = entry.signature.removesuffix(" -> None")
         elif record:
             for child in node.body:
@@ -162,24 +171,31 @@ class _Reader:
                     entry.parameters.append(Parameter(child.target.id, ast.unparse(self._linked(child.annotation)), default, self._comment(child.lineno)))
             entry.signature = f"({', '.join(f'{p.name}: {p.annotation}' + (f' = {p.default}' if p.default else '') for p in entry.parameters)})"
         entry.kind, entry.returns, entry.options = kind, None, ()
-        own = any(child.name == "__init__" for child in methods.values())
-        entry.doc = "\n\n".join(filter(None, [inspect_doc(node), entry.doc if own else ""]))
+        entry.doc = "\n\n".join(filter(None, [inspect_doc(node), inspect_doc(methods["__init__"]) if "__init__" in methods else ""]))
         entry.bases = [base for base in bases if base in self.owners or "." in base]
-        entry.members = [self._function(child, f"{node.name}.{name}", "method") for name, child in methods.items()
-                         if not name.startswith("_") or name == "__call__"]
+        entry.members = [self._method(node, name, f"{node.name}.{name}") for name in methods if not name.startswith("_") or name == "__call__"]
         return entry
 
-    def _constructor(self, node: ast.ClassDef) -> tuple[_Reader, ast.FunctionDef] | None:
-        "`__init__` of a class or of the nearest of its bases in the package, and who reads it."
-        for child in node.body:
-            if isinstance(child, ast.FunctionDef) and child.name == "__init__":
-                return self, child
-        for base in node.bases:
-            name = ast.unparse(base)
-            reader = self if name in self.functions else _Reader(self.path.with_name(f"{self.owners[name].split('.')[1]}.py")) if name in self.owners else None
-            if reader and (found := reader._constructor(reader.functions[name])):
-                return found
-        return None
+    def _definitions(self, node: ast.ClassDef, name: str) -> list[tuple[_Reader, ast.FunctionDef]]:
+        "A method as the class defines it, and as its bases in the package do, each with who reads it."
+        found = [(self, child) for child in node.body if isinstance(child, ast.FunctionDef) and child.name == name]
+        for base in map(ast.unparse, node.bases):
+            reader = self if base in self.functions else _reader(self.path.with_name(f"{self.owners[base].split('.')[1]}.py")) if base in self.owners else None
+            found += reader._definitions(reader.functions[base], name) if reader else []
+        return found
+
+    def _method(self, node: ast.ClassDef, name: str, title: str) -> Entry | None:
+        "A method; what it does not say itself is said by the one that it replaces."
+        entries = [reader._function(function, title, "method") for reader, function in self._definitions(node, name)]
+        for base in entries[1:]:
+            said = {(p.name, p.annotation): p.about for p in base.parameters}
+            for parameter in entries[0].parameters:
+                parameter.about = parameter.about or said.get((parameter.name, parameter.annotation), "")
+            if not entries[0].doc or "[" in base.doc and "[" not in entries[0].doc:
+                entries[0].doc = "\n\n".join(filter(None, [entries[0].doc, base.doc]))
+            if entries[0].returns and base.returns and entries[0].returns.annotation == base.returns.annotation:
+                entries[0].returns.about = entries[0].returns.about or base.returns.about
+        return entries[0] if entries else None
 
     @cache
     def _errors(self, node: ast.FunctionDef) -> list[str]:
@@ -241,7 +257,13 @@ def find_examples(root: Path) -> dict[str, list[Example]]:
                 code = ast.get_source_segment(source, node)
                 for name in _used(code, modules):
                     found.setdefault(name, []).append((2, code.count("\n"), Example(code, test=path.name)))
-    return {name: [example for *_, example in sorted(uses, key=lambda use: use[:2])] for name, uses in found.items()}
+    examples = {name: [example for *_, example in sorted(uses, key=lambda use: use[:2])] for name, uses in found.items()}
+    functions = [entry for path in sorted((root / "sage_nb").glob("[a-z]*.py")) for entry in read_module(path).entries if entry.kind == "function" and entry.returns]
+    for function in functions:  # a record is shown by what returns it
+        for name in re.findall(r"\w+", function.returns.annotation):
+            if name not in examples and function.name in examples:
+                examples[name] = examples[function.name]
+    return examples
 
 
 def _used(code: str, modules: set[str]) -> set[str]:
