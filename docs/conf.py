@@ -20,7 +20,7 @@ nb_execution_mode = "off"  # docs/build.py has executed them
 nb_merge_streams = True
 python_maximum_signature_line_length = 88
 python_display_short_literal_types = True
-toc_object_entries = False
+toc_object_entries = add_module_names = False
 pygments_style, pygments_dark_style = "friendly", "native"
 
 

@@ -7,9 +7,19 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 
+REWRITTEN = [  # what docutils lacks or reads otherwise -> the same, written so that it does not
+    (r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l"), (r"\\dots(?![a-zA-Z])", r"\\ldots"),
+    (r"\\([tdc]?frac)(\d)(\d)", r"\\\1{\2}{\3}"),  # \tfrac12, which it takes for twelve over what follows
+    (r"\\(bar|hat|tilde|overline)\s*([a-zA-Z]|\\[a-zA-Z]+|\{(?:[^{}]|\{[^{}]*\})*\})", r"{{}\\\1{\2}}"),  # or an index would go below the letter
+    (r"\\operatorname\*", r"\\operatorname"), (r"\\(log|min|max)\s*(?=\\mathrm)", r"\\\1\\,"),
+]
+
+
 def known_to_docutils(tex: str) -> str:
-    "The formula with the two commands that docutils lacks written by others."
-    return re.sub(r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l", tex).replace(r"\dots", r"\ldots")
+    "The formula as docutils reads it rightly."
+    for pattern, replacement in REWRITTEN:
+        tex = re.sub(pattern, replacement, tex)
+    return tex
 
 
 def _convert(self, node: nodes.Element, block: bool) -> None:

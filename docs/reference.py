@@ -133,7 +133,7 @@ class _Reader:
                 a.annotation = self._linked(a.annotation)
         returns = self._linked(shown.returns) if shown.returns else None
         signature = f"({ast.unparse(shown.args)})" + (f" -> {ast.unparse(returns)}" if returns else "")
-        doc = inspect_doc(node) + (" (A context manager.)" if "contextmanager" in decorators else "")
+        doc = docstring(node) + (" (A context manager.)" if "contextmanager" in decorators else "")
         last = node.returns.end_lineno if node.returns else node.body[0].lineno - 1
         back = self._comment(last) if node.returns and last in self.comments else ""
         entry = Entry(name, "property" if decorators & {"property", "cached_property"} else kind, signature, doc, self._parameters(node, method),
@@ -167,11 +167,11 @@ class _Reader:
         elif record:
             for child in node.body:
                 if isinstance(child, ast.AnnAssign) and not child.target.id.startswith("_"):
-                    default = ast.unparse(child.value) if child.value else ""
+                    default = _field_default(child.value)
                     entry.parameters.append(Parameter(child.target.id, ast.unparse(self._linked(child.annotation)), default, self._comment(child.lineno)))
             entry.signature = f"({', '.join(f'{p.name}: {p.annotation}' + (f' = {p.default}' if p.default else '') for p in entry.parameters)})"
         entry.kind, entry.returns, entry.options = kind, None, ()
-        entry.doc = "\n\n".join(filter(None, [inspect_doc(node), inspect_doc(methods["__init__"]) if "__init__" in methods else ""]))
+        entry.doc = "\n\n".join(filter(None, [docstring(node), docstring(methods["__init__"]) if "__init__" in methods else ""]))
         entry.bases = [base for base in bases if base in self.owners or "." in base]
         entry.members = [self._method(node, name, f"{node.name}.{name}") for name in methods if not name.startswith("_") or name == "__call__"]
         return entry
@@ -214,7 +214,16 @@ class _Reader:
         return found
 
 
-def inspect_doc(node: ast.AST) -> str:
+def _field_default(value: ast.expr | None) -> str:
+    "The default of a field of a record, through `dataclasses.field`."
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        factory = given.get("default_factory")
+        value = factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []) if factory else given.get("default")
+    return ast.unparse(value) if value else ""
+
+
+def docstring(node: ast.AST) -> str:
     return ast.get_docstring(node) or ""
 
 

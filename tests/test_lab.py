@@ -70,8 +70,8 @@ def lab(tmp_path_factory):
 def open_notebook(lab: Lab, page, notebook: str) -> None:
     "Open a notebook and wait for its kernel: the indicator in its toolbar says idle before there is one, the bar at the bottom does not."
     page.goto(lab.address(notebook))
-    page.locator(".jp-NotebookPanel:visible").wait_for(timeout=60_000)
-    page.locator(".jp-StatusBar-Widget", has_text="Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+    page.locator(".jp-NotebookPanel:visible").wait_for(timeout=300_000)
+    page.locator(".jp-StatusBar-Widget", has_text="Python 3 (ipykernel) | Idle").wait_for(timeout=300_000)
 
 
 def choose(page, menu: str, item: str) -> None:
@@ -79,7 +79,7 @@ def choose(page, menu: str, item: str) -> None:
     page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{item}$")).click()
 
 
-def run_all(lab: Lab, page, notebook: str, seconds: float = 120) -> list[dict]:
+def run_all(lab: Lab, page, notebook: str, seconds: float = 300) -> list[dict]:
     "Run all cells from the menu, wait for the kernel, save from the menu; the code cells that were saved."
     open_notebook(lab, page, notebook)
     choose(page, "Run", "Run All Cells")
@@ -97,9 +97,9 @@ def run_all(lab: Lab, page, notebook: str, seconds: float = 120) -> list[dict]:
         assert time.monotonic() < until, f"{notebook}: not finished"
 
 
-def drawn(cells: list[dict]) -> int:
-    "Pictures among the outputs."
-    return sum(kind.startswith("image/") for cell in cells for output in cell["outputs"] for kind in output.get("data", {}))
+def ours(page) -> list[str]:
+    "Faults, without what JupyterLab does by itself: it asks for a picture by the notebook's own link, breaks off, and fetches it from the files."
+    return [fault for fault in page.faults if not (fault.startswith("failed: ") and "/lab/tree/" in fault)]
 
 
 def test_make_lab_is_what_is_tested_here():
@@ -107,21 +107,35 @@ def test_make_lab_is_what_is_tested_here():
     assert recipe.strip().removeprefix("@") == COMMAND.format("$(CURDIR)")
 
 
-@pytest.mark.parametrize("notebook", ["06_interaction", "07_reliability", "11_sage", "24_your_own_features"])
+@pytest.mark.parametrize("notebook", ["07_reliability", "11_sage", "24_your_own_features"])
 def test_a_notebook_runs_from_the_menu(lab, page, notebook):
     cells = run_all(lab, page, f"{notebook}.ipynb")
-    assert sum(bool(cell["outputs"]) for cell in cells) >= 1
-    assert page.faults == []
+    assert any(cell["outputs"] for cell in cells) and ours(page) == []
+
+
+def test_a_slider_redraws_its_picture_and_a_still_one_stands_below(lab, page):
+    cells = run_all(lab, page, "07_reliability.ipynb")
+    [still] = [cell for cell in cells if any("image/png" in output.get("data", {}) for output in cell["outputs"])]
+    slider = page.locator(".widget-slider [role=slider]")
+    slider.scroll_into_view_if_needed()
+    moving = page.locator(".widget-output img")
+    before = moving.get_attribute("src")
+    [picture] = [output["data"]["image/png"] for output in still["outputs"] if "image/png" in output.get("data", {})]
+    assert before.split(",")[1].replace("\n", "") == picture.replace("\n", "")  # they begin alike
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("before => document.querySelector('.widget-output img')?.src != before", arg=before)
+    assert ours(page) == []
 
 
 def test_the_index_opens_with_its_pictures_and_leads_on(lab, page):
     cells = run_all(lab, page, "index.ipynb")
     assert any("text/markdown" in output.get("data", {}) for cell in cells for output in cell["outputs"])  # the main table
     shown = page.evaluate("[...document.querySelectorAll('.jp-RenderedMarkdown img')].map(img => img.naturalWidth)")
-    assert len(shown) >= 1 and all(width > 0 for width in shown)
+    assert shown and all(width > 0 for width in shown)
     page.locator(".jp-RenderedMarkdown a", has_text="00 core").first.click()
-    page.locator(".jp-NotebookPanel:visible h1", has_text="The ground floor").wait_for()
-    assert page.faults == []
+    page.locator(".jp-NotebookPanel:visible h1", has_text="The ground floor").wait_for(timeout=300_000)
+    assert ours(page) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
