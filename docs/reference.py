@@ -267,11 +267,11 @@ def find_examples(root: Path) -> dict[str, list[Example]]:
                 for name in _used(code, modules):
                     found.setdefault(name, []).append((2, code.count("\n"), Example(code, test=path.name)))
     examples = {name: [example for *_, example in sorted(uses, key=lambda use: use[:2])] for name, uses in found.items()}
-    functions = [entry for path in sorted((root / "sage_nb").glob("[a-z]*.py")) for entry in read_module(path).entries if entry.kind == "function" and entry.returns]
-    for function in functions:  # a record is shown by what returns it
-        for name in re.findall(r"\w+", function.returns.annotation):
-            if name not in examples and function.name in examples:
-                examples[name] = examples[function.name]
+    entries = [entry for path in sorted((root / "sage_nb").glob("[a-z]*.py")) for entry in read_module(path).entries]
+    for entry in entries:  # a record is shown by what returns it
+        for name in {word for one in (entry, *entry.members) if one.returns for word in re.findall(r"\w+", one.returns.annotation)}:
+            if name not in examples and entry.name in examples:
+                examples[name] = examples[entry.name]
     return examples
 
 

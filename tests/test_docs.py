@@ -104,27 +104,13 @@ sage.SAGE.calibrate: shape of va, valid
 sage.SAGE.calibrate_output: shape of va, valid
 sage.SAGE.calibrate_alone: shape of va, valid
 backbones.SpeechEncoder: an example
-backbones.Published: an example
-baselines.ReadoutOutput: an example
-baselines.ExpertOutput: an example
 cli.check_submitted: an example
 conditions.voice_and_arousal: an example
-conditions.frame_truth: an example
 conditions.measure_conditions: an example
-corruption.Family: an example
 features.make_encoders: an example
-features.load_sequence: an example
-media.Face: an example
-pipeline.provenance: an example
 pipeline.execute: an example
-pipeline.PeakMemory: an example
 pipeline.launch_dvc: an example
-pipeline.fetch_sample: an example
 pipeline.repro: an example
-sage.SageOutput: an example
-tables.efficiency_table: an example
-tables.efficiency_texts: an example
-tables.efficiency_caption: an example
 tables.for_comparison: an example
 tables.claims_texts: an example
 tables.replication_texts: an example

@@ -11,19 +11,23 @@ import pytest
 import torch
 
 from clips import beeps, talking, write_video
+from conftest import ROOT
 from sage_nb import tables
 from sage_nb.affwild2 import Clock, check_complete, open_video, orientation, picture_track, printable, shown_at, sound_track, stores_no_times
-from sage_nb.backbones import IR50
+from sage_nb.backbones import ENCODERS, IR50, Published
 from sage_nb.baselines import (CAN, COLD, GMU, GRJCA, JCA, LFAN, RJCA, TAGF, Crossmodal, JointNetwork, LineageFrontEnd, LineageHead, LinearHead, SideBySide, Visual,
                                build_model, front_end, masked_softmax, no_causal_form)
-from sage_nb.core import DataError, Sequence, die_with_parent, pin_arithmetic
+from sage_nb.conditions import frame_truth
+from sage_nb.core import DataError, Sequence, die_with_parent, pin_arithmetic, read_json, write_arrays
+from sage_nb.corruption import FAMILIES, Family
 from sage_nb.evaluation import ablation, calibration, cell, comparison, detection, reliability_frames, write_provenance
-from sage_nb.features import each_trial
+from sage_nb.features import each_trial, load_sequence
 from sage_nb.figures import new_figure
 from sage_nb.interaction import TCN, Standardise
 from sage_nb.losses import mean_square
 from sage_nb.media import whole_box
 from sage_nb.metrics import average, bootstrap_moments, ccc_from_moments, group_moments, resample
+from sage_nb.pipeline import PeakMemory, fetch_sample, provenance
 from sage_nb.reliability import Judge, label_variance, soft_clamp
 from sage_nb.robustness import loss_differences, missing_differences
 from sage_nb.sample import PHASES, RATE, STEP, draw_look, draw_person, draw_phases, draw_sound, expression, plan_corpus, soft, speech_rhythm
@@ -90,6 +94,10 @@ def test_networks_side_by_side():
 
 def test_a_network_of_image_recognition():
     assert IR50(40).eval()(torch.zeros(1, 3, 40, 40)).shape == (1, 512)
+
+
+def test_registries_hold_records():
+    assert all(isinstance(encoder, Published) for named in ENCODERS.values() for encoder in named.values()) and all(isinstance(family, Family) for family in FAMILIES.values())
 
 
 def test_heads_bound_their_estimate():
@@ -187,6 +195,13 @@ def test_a_table_in_three_formats(tmp_path):
     assert tables.row_keys(table.assign(seeds=5), ["model", "seeds"]) == ["sage, 5"]
 
 
+def test_the_table_of_efficiency_has_a_row_for_each_measured_model():
+    record = read_json(ROOT / "results/bench.json")
+    table = tables.efficiency_table(record)
+    assert sorted(zip(table.label, table.configuration)) == sorted((row["label"], row["configuration"]) for row in record["rows"])
+    assert len(tables.efficiency_texts(table)) == len(table) and tables.efficiency_caption(record).endswith(".")
+
+
 def test_a_figure_begins_empty():
     assert new_figure(3, 2).get_size_inches().tolist() == [3, 2] and not new_figure(3, 2).axes
 
@@ -194,7 +209,7 @@ def test_a_figure_begins_empty():
 # --- the sample
 
 def test_hidden_processes_of_the_sample():
-    rng, count = np.random.default_rng(0), 500
+    rng, count = np.random.default_rng(0), 400
     opening = speech_rhythm(rng, np.zeros(count))
     assert 0 <= opening.min() and opening.max() <= 1
     phases = draw_phases(rng, count, PHASES)
@@ -236,6 +251,43 @@ def test_a_process_dies_with_its_parent():
     until = time.monotonic() + 60
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until
+
+
+def test_a_trial_of_the_store_is_read_back(tmp_path):
+    arrays = dict(visual=np.zeros((4, 3), np.float32), audio=np.zeros((4, 2), np.float32), va=np.zeros((4, 2), np.float32), cues=np.zeros((4, 1), np.float32),
+                  visual_ok=np.ones(4, bool), audio_ok=np.ones(4, bool), valid=np.array([True, False, True, True]))
+    write_arrays(tmp_path / "tra001.safetensors", arrays, {"group": "anna"})
+    sequence = load_sequence(tmp_path / "tra001.safetensors")
+    assert (sequence.id, sequence.group, len(sequence), int(np.sum(sequence.valid))) == ("tra001", "anna", 4, 3)
+
+
+def test_a_corpus_without_side_files_has_no_truth(tmp_path):
+    assert frame_truth(tmp_path, made_up_sequences(1, frames=(9, 9))[0]) == []
+
+
+def test_provenance_changes_with_what_a_stage_reads(tmp_path):
+    (tmp_path / "code.py").write_text("a = 1\n")
+    (tmp_path / "input").mkdir()
+    before = provenance(tmp_path, "make", ["code.py", "input"], {"epochs": 2})
+    (tmp_path / "input/x").write_text("new")
+    after = provenance(tmp_path, "make", ["code.py", "input"], {"epochs": 2})
+    assert before["code"] == after["code"] and before["inputs"] != after["inputs"]
+    with pytest.raises(DataError, match="none: not there, but stage make reads it"):
+        provenance(tmp_path, "make", ["none"], {})
+
+
+def test_the_sample_is_fetched_only_where_there_is_no_data(tmp_path):
+    with pytest.raises(DataError, match="no data.dvc to fetch it by"):
+        fetch_sample(tmp_path)
+    (tmp_path / "data").mkdir()
+    fetch_sample(tmp_path)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_peak_memory_counts_processes_below():
+    with PeakMemory() as peak:
+        subprocess.run([sys.executable, "-c", "x = bytearray(200_000_000); import time; time.sleep(2)"], check=True)
+    assert peak.bytes > 200_000_000
 
 
 def test_arithmetic_is_pinned_for_processes_started_later(monkeypatch):
