@@ -6,7 +6,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 PIPELINE = export SAGE_NB_PARENT=$$PPID; exec "$(abspath $(VENV))/bin/python" -m sage_nb.pipeline
 
-.PHONY: help env hook repro tune replicate verify test bench readme lab clean
+.PHONY: help env hook repro tune replicate verify test bench readme docs lab clean
 
 help:
 	@echo "make repro      raw video in, tables and figures out (makes $(VENV) and fetches the sample first)"
@@ -16,7 +16,8 @@ help:
 	@echo "make verify     rebuild from raw video what make repro made of results/, and compare with what is committed"
 	@echo "make bench      time every model, extraction and prediction, and write results/{bench,extraction,prediction}.json (about 8 minutes; the efficiency table is made from the first)"
 	@echo "make readme     write README.md from nbs/index.ipynb"
-	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make docs       the notebooks with their outputs, and the reference of the package, as a site: _site/index.html (the first time some minutes, as notebooks are executed; then about one)"
+	@echo "make lab        open the notebooks in JupyterLab, at the index"
 	@echo "make clean      remove everything that can be made again (not data, results or the environment)"
 
 repro: env
@@ -42,12 +43,15 @@ test: env
 bench: env
 	@$(PIPELINE) bench
 
+docs: env
+	@exec python docs/build.py
+
 lab: env
-	@exec jupyter lab nbs
+	@exec jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/index.ipynb
 
 clean:
-	rm -rf work .work .dvc/cache .dvc/tmp build dist sage_nb.egg-info .pytest_cache
-	find nbs sage_nb tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf _site work .work .dvc/cache .dvc/tmp build dist sage_nb.egg-info .pytest_cache
+	find docs nbs sage_nb tests -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment is complete when it holds a copy of the lock, which is put there last. One that was left
 # half-made is made anew: pip takes a package that was cut off while being unpacked for installed.

@@ -308,6 +308,7 @@ class PeakMemory(threading.Thread):
         self.bytes, self._done = 0, threading.Event()
 
     def run(self):
+        "Watch, until the context ends."
         import psutil
 
         while not self._done.wait(0.5):
@@ -370,8 +371,10 @@ def run_stage(
     for name, value in zip(GIVEN, (before, str((state / "scratch").relative_to(root)))):
         if name in notebook_parameters(notebook):
             values[name] = value
+    copy = root / ".work/executed" / f"{stage}.ipynb"
+    copy.with_suffix(".json").unlink(missing_ok=True)
     with _arithmetic_pinned(root), PeakMemory() as peak:
-        execute(notebook, root / ".work/executed" / f"{stage}.ipynb", values, root)
+        execute(notebook, copy, values, root)
     if record() != before:
         raise DataError(f"stage {stage}: its code, parameters or input changed while it ran; run again")
     _remove_leftovers(state)
@@ -385,6 +388,7 @@ def run_stage(
         shutil.rmtree(root / out, ignore_errors=True)
         shutil.move(made, root / out)
     shutil.rmtree(root / ".work" / stage)
+    core.write_json(copy.with_suffix(".json"), before)  # what the executed copy is of
     core.write_json(root / ".work/log" / f"{stage}.json",
                     dict(seconds=round(time.monotonic() - began, 1), megabytes=round(peak.bytes / 1e6)))
 

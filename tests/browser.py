@@ -26,10 +26,10 @@ def context(tmp_path_factory):
 
 @pytest.fixture
 def page(context):
-    "A page that notes what goes wrong in it: `page.errors`, what it said on the console, threw or could not fetch; `page.requests`, all that it asked for."
+    "A page that notes what goes wrong in it: `page.errors`, the errors that it told on the console, threw, or met in fetching; `page.requests`, all that it asked for."
     page = context.new_page()
     page.errors, page.requests = [], []
-    page.on("console", lambda message: page.errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("requestfailed", lambda request: page.errors.append(f"{request.url}: {request.failure}"))
     page.on("request", lambda request: page.requests.append(request.url))

@@ -378,7 +378,7 @@ def test_results_beside_a_corpus_copied_over_the_sample_are_refused(tmp_path):
 
 # --- what is in git
 
-KINDS = {"py": 200_000, "ipynb": 200_000, "md": 60_000, "csv": 60_000, "tex": 60_000, "json": 3_000_000, "svg": 1_500_000, "png": 600_000, "html": 10_000_000, "yaml": 20_000, "lock": 60_000, "toml": 5_000,
+KINDS = {"py": 200_000, "css": 10_000, "ipynb": 200_000, "md": 60_000, "csv": 60_000, "tex": 60_000, "json": 3_000_000, "svg": 1_500_000, "png": 600_000, "html": 10_000_000, "yaml": 20_000, "lock": 60_000, "toml": 5_000,
          "ini": 5_000, "cff": 5_000, "dvc": 1_000, "": 20_000}
 
 
