@@ -116,8 +116,8 @@ class _Sightings:
     ) -> dict[str, np.ndarray | Rows]:  # crops, box, score, visual_ok as from `media.read_trial`
         crops = Rows(self.crops.shape[1:], np.uint8, self.scratch)
         box, score, ok = np.zeros((frames, 4), np.float32), np.zeros(frames, np.float32), np.zeros(frames, bool)
-        for at in range(0, len(self.rows), 1024):
-            rows, pictures = self.rows[at : at + 1024], self.crops[at : at + 1024]
+        for at in range(0, len(self.rows), 128):
+            rows, pictures = self.rows[at : at + 128], self.crops[at : at + 128]
             for k in np.flatnonzero(np.isin(rows[:, 1], list(tracks))):
                 t = int(rows[k, 0]) - 1
                 crops.put(pictures[k : k + 1], at=t)
