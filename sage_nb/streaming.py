@@ -528,7 +528,7 @@ def replay(
 
 # %% ../nbs/23_streaming.ipynb #f60ebe2a
 def measure_stream(
-    frames: int = 450,  # of the clip
+    frames: int = 450,  # of the clip, at least 90
     warm: int = 30,  # of which the first are not counted
 ) -> list[dict]:  # a row as those of `efficiency.measure_extraction`: name, value, unit, sides, bar, met
     "Measure what a frame of a 640 x 360 stream with 30 pictures a second costs: the 99th percentile; its sides are the mean and that. Networks are the small ones, untrained."

@@ -13,7 +13,7 @@ from sage_nb.encoders import HEARD, AudioEncoder, VisualEncoder
 from sage_nb.features import CUE_OWNERS, encode_trial
 from sage_nb.media import read_trial
 from sage_nb.sage import SAGE
-from sage_nb.streaming import SageStream, Stream, measure_stream, replay
+from sage_nb.streaming import SageStream, Stream, replay
 from sage_nb.training import predict_sequences
 
 torch.set_num_threads(1)
@@ -275,8 +275,3 @@ def test_a_state_that_does_not_belong_is_refused(long, tmp_path, damage):
         model = trained(steps=0)
     with pytest.raises(DataError, match=r"state\.safetensors"):
         Stream.restore(path, model, long["encoders"])
-
-
-def test_the_cost_of_a_frame_is_a_row_of_the_bench():
-    [row] = measure_stream(frames=45, warm=5)
-    assert set(row) == {"name", "value", "unit", "sides", "bar", "met"} and row["met"] == (row["value"] < 1000 / 90) and row["unit"] == "ms"
