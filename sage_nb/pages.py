@@ -110,7 +110,7 @@ def _write_mp4(
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
         file.metadata["comment"] = comment
         seen = file.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), width=size[0], height=size[1], pix_fmt="yuv420p",
-                               options={"preset": "veryfast", "bf": "0", "g": str(max(round(2 * rate), 1)), "threads": "4",
+                               options={"preset": "veryfast", "bf": "0", "g": str(max(round(2 * rate), 1)),
                                         "x264-params": "colorprim=bt709:transfer=bt709:colormatrix=bt709", **options})
         seen.codec_context.time_base = _TICK
         streams = [_video_pictures(pictures, seen, zero)]
@@ -166,7 +166,7 @@ def _write_small(
     width, height = (max(2 * round(side * scale / 2), 2) for side in (info.width, info.height))
     pictures = ((frame.time, _fitted(frame.image, width, height)) for frame in progress(read_frames(video), "video for the page", info.frames))
     _write_mp4(path, pictures, (width, height), info.rate, read_sound(video, _RATE, path.parent), info.start,
-               {"crf": "25", "maxrate": str(round(bits)), "bufsize": str(round(bits))})
+               {"crf": "25", "maxrate": str(round(bits)), "bufsize": str(round(bits)), "threads": "1"})  # with more, other bytes each time
 
 
 def _write_film(
@@ -703,7 +703,7 @@ _NARROW = 480  # pixels; a picture is made at least as wide
 _PAST = 8.0  # seconds of the curves in view
 
 
-@lru_cache(4096)
+@lru_cache(256)
 def _letters(
     text: str,
     size: int,  # pixels
