@@ -645,7 +645,7 @@ def reliability(r: Results) -> str:
             case = told(table.value(row, "gain_low"), table.value(row, "gain_high"))
             word = {1: "more than", 0: "not told apart from", -1: "less than"}[case]
             items.append(f"<li>{QUESTIONS[task]}: {r.n('detection', row, 'auroc')} {r.ends('detection', row, 'auroc_low', 'auroc_high')}, {word} flags and energy ({r.gain('detection', row, 'gain')})</li>")
-        kinds = [row for row in table.values.index if row not in rows.values() and not row.endswith((", all", ", with nuisances"))]
+        kinds = [row for row in table.values.index if row not in rows.values() and not row.endswith((", all", ", with_nuisances"))]
         worse = [row for row in kinds if table.value(row, "gain_high") < 0]
         blind = [row for row in kinds if table.value(row, "auroc_low") <= 0.5]
 
