@@ -38,7 +38,7 @@ readme: env
 test: env
 	@$(PIPELINE) fetch
 	nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: env
 	@$(PIPELINE) bench

@@ -44,3 +44,10 @@ def folder(tmp_path_factory):
 def evidence(folder):
     "Simulated evidence of two seeds, in a folder of the module's own."
     return simulate_evidence(folder / "evidence", seeds=[0, 1], trials=8, frames=240)
+
+
+LONGEST = ("test_endtoend.py", "test_pipeline.py", "test_efficiency.py")  # begun first, so that no worker is left alone with one of them
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -310,7 +310,8 @@ def test_naming_a_scheduler_makes_nothing_stale(checkout, monkeypatch):
 
     assert stale("&scheduler null", "&scheduler tcp://host:8786") == set()
     assert stale("&detect_every 5", "&detect_every 4") == {"prepare", "corrupt", "replicate"}
-    assert stale("&skip_broken false", "&skip_broken true") == {"prepare", "encode", "replicate"}
+    assert stale("skip_broken: false  # true: a trial", "skip_broken: true  # true: a trial") == {"prepare", "replicate"}
+    assert stale("skip_broken: false  # true: one", "skip_broken: true  # true: one") == {"encode"}
     assert stale("  visual: {}", "  visual: {encoder: ir50, weights: w}") == {"pretrain", "replicate"}
 
 
