@@ -1,27 +1,37 @@
-"""A page in a real browser: `from browser import page  # noqa: F401`. Where no Chromium is there, tests that ask for it are skipped, and say so loudly."""
+"A page in a real browser, for the tests of what people look at."
+import os
 import shutil
 import warnings
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("/usr/bin/chromium", "chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM = next(filter(None, ["/usr/bin/chromium" if os.access("/usr/bin/chromium", os.X_OK) else None, *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))]), None)
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture
-def page():
-    "A fresh page of a headless Chromium with an empty profile; `page.faults` collects console errors, uncaught errors and failed requests."
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    "A browser with an empty profile; where there is none, the tests are skipped, loudly."
     if CHROMIUM is None:
-        warnings.warn("NO BROWSER: tests in a browser are skipped; install chromium (`apt-get install chromium`) and run again")
-        pytest.skip("NO BROWSER: install chromium (`apt-get install chromium`) and run again")
+        warnings.warn("NO BROWSER: what people look at is NOT TESTED; install chromium", stacklevel=1)
+        pytest.skip("no browser: install chromium, or this is not tested")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.faults = []
-        page.on("console", lambda message: page.faults.append(f"console: {message.text}") if message.type == "error" else None)
-        page.on("pageerror", lambda error: page.faults.append(f"error: {error}"))
-        page.on("requestfailed", lambda request: page.faults.append(f"failed: {request.url}"))
-        yield page
+        browser = playwright.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True, args=QUIET)
+        browser.set_default_timeout(300_000)  # ms; no test is about time
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(context):
+    "A page that notes what goes wrong in it: `page.errors`, what it said on the console, threw or could not fetch; `page.requests`, all that it asked for."
+    page = context.new_page()
+    page.errors, page.requests = [], []
+    page.on("console", lambda message: page.errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("requestfailed", lambda request: page.errors.append(f"{request.url}: {request.failure}"))
+    page.on("request", lambda request: page.requests.append(request.url))
+    yield page
+    page.close()
