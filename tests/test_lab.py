@@ -107,7 +107,7 @@ def run_all(lab: Lab, page, notebook: str) -> list[dict]:
 
 def ours(page) -> list[str]:
     "Faults, without what JupyterLab does by itself: it asks for a picture by the notebook's own link, breaks off, and fetches it from the files."
-    return [fault for fault in page.errors if "/lab/tree/results/" not in fault]
+    return [fault for fault in page.faults if "/lab/tree/results/" not in fault]
 
 
 def test_make_lab_is_what_is_tested_here():
