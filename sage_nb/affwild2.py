@@ -92,11 +92,11 @@ class VideoInfo:
     turned: int  # degrees, anticlockwise, by which the file asks to turn its pictures
     mirrored: bool  # whether it asks to exchange left and right before that
     has_sound: bool
-    sound_tracks: int
+    sound_tracks: int  # how many
     sound_start: float | None  # time of the first sample of the sound track in use
     sound_end: float | None  # and of its end, as the header has it
     sound_rate: int | None  # samples per second
-    channels: int | None
+    channels: int | None  # of the sound track in use
     times: np.ndarray = field(repr=False, compare=False)  # [frames] float64, when each picture is shown, s
 
 

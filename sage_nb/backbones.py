@@ -32,7 +32,7 @@ class ImageEncoder(nn.Module):
         resize: tuple[int, int],  # H and W before the centre crop
         crop: tuple[int, int],  # H and W that the network sees
         mean: tuple[float, ...],  # of red, green, blue in 0..1
-        std: tuple[float, ...],
+        std: tuple[float, ...],  # of the same
         mode: str = "bilinear",  # or "bicubic"
         unit: bool = False,  # scale each embedding to length 1
         published: dict[str, str | None] | None = None,  # pattern in published names -> replacement, or None: left out
@@ -402,7 +402,7 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
 
 def fit_weights(
     encoder: nn.Module,  # from `build_encoder`
-    weights: dict[str, Tensor],  # from `read_weights`
+    weights: dict[str, Tensor],  # from `read_weights`: name -> values of any shape
     path: str | Path,  # where they come from, for the error
     title: str,  # what the encoder is, for the error
 ) -> None:

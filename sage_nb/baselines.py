@@ -105,10 +105,16 @@ def front_end(
 class LinearHead(nn.Linear):
     "tanh(W z + b), valence and arousal."
 
-    def __init__(self, fused: int):
+    def __init__(
+        self,
+        fused: int,  # F, fused features
+    ):
         super().__init__(fused, 2)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,  # [..., F]
+    ) -> Tensor:  # [..., 2]
         return torch.tanh(super().forward(z))
 
 
@@ -189,9 +195,9 @@ class Audio(Concat, name="audio"):
 
 # %% ../nbs/12_baselines.ipynb #4d5ddecb
 def masked_softmax(
-    logits: Tensor,
+    logits: Tensor,  # of any shape
     ok: Tensor,  # bool, broadcast against logits
-    dim: int,
+    dim: int,  # over which the softmax is taken
 ) -> Tensor:
     "Softmax over what is ok; exactly 0 elsewhere, uniform where nothing is."
     return torch.softmax(logits.masked_fill(~ok, -1e4), dim)
@@ -249,7 +255,7 @@ class PoE(Late, name="poe"):
 
 
 def ordinal_kl(
-    error: Tensor,  # errors, not negative
+    error: Tensor,  # errors, not negative, of any shape
     variance: Tensor,  # same shape and unit
     mask: Tensor,  # bool, what counts, broadcast
     dim: int,  # what the softmax is taken over
@@ -395,6 +401,7 @@ class JointAttention(nn.Module):
         return correlations
 
     def forward(self, states: list[Tensor], ok: Tensor) -> list[Tensor]:
+        "States [B,T,C_m] of both modalities, ok [B,T,M] -> the same shapes, after one step."
         after = []
         for x, c, value, out in zip(states, self.correlation(states, ok), self.value, self.out):
             c = F.dropout(c, self.dropout, self.training)
@@ -410,7 +417,11 @@ TAU = 0.1  # temperature of the lineage's gates
 class LastStateGate(nn.Module):
     "GRJCA's gate: weights over the states [B, T, S, C] -> [B, T, S], from the last of them."
 
-    def __init__(self, width: int, states: int):
+    def __init__(
+        self,
+        width: int,  # C, channels of a state
+        states: int,  # S
+    ):
         super().__init__()
         self.score = nn.Linear(width, states)
 
@@ -517,7 +528,7 @@ class RJCA(Estimator, name="rjca"):
             for _ in range(2 if lineage else 1))
 
     def gates(self, widths: tuple[int, int], lineage: bool) -> list[nn.Module]:
-        "The gates of one network, one a modality; none here."
+        "The gates of one network, one a modality, for states of these `widths`, and in the lineage's own sizes or in ours; none here."
         return []
 
     def fuse(self, states: list[Tensor], cues: Tensor, ok: Tensor, mask: Tensor) -> Output:
@@ -538,6 +549,7 @@ class GRJCA(RJCA, name="grjca"):
     rectified = True
 
     def gates(self, widths, lineage):
+        "GRJCA's, for states of these `widths`, the same in the lineage's sizes (`lineage`) and in ours."
         return [LastStateGate(width, self.steps + 1) for width in widths]
 
 
@@ -545,13 +557,14 @@ class TAGF(RJCA, name="tagf"):
     "Recursive joint cross-attention, all states gated by a BiLSTM over them."
 
     def gates(self, widths, lineage):
+        "TAGF's, for states of these `widths`; in the lineage's sizes (`lineage`) as wide as these, in ours an eighth."
         return [RecurrentGate(width, width if lineage else width // 8) for width in widths]
 
 # %% ../nbs/12_baselines.ipynb #a726ecea
 def positions(
     frames: int,  # T
     dim: int,  # channels, even
-    like: Tensor,  # for type and device
+    like: Tensor,  # of any shape, for type and device
 ) -> Tensor:  # [T, dim]
     "Sines and cosines of the frame's number, wavelengths from 2 pi to 10,000 times that, divided by sqrt(dim)."
     rate = torch.exp(torch.arange(0, dim, 2, dtype=like.dtype, device=like.device) * (-math.log(10000.0) / dim))

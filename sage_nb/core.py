@@ -124,7 +124,7 @@ class Rows:
 
     def extend(
         self,
-        length: int,
+        length: int,  # rows
     ) -> None:
         "Have at least so many rows."
         self.shape = (max(len(self), length), *self.shape[1:])

@@ -97,7 +97,7 @@ class Condition(NamedTuple):
     "One cell of the suite."
     family: str  # a name of `FAMILIES`, or "clean"
     level: str  # as in `Family`
-    modality: str
+    modality: str  # likewise
     severity: int  # 1..3; 0 = clean
     seen: bool
 
@@ -235,7 +235,7 @@ def corrupt_sound(
     family: str,  # noise, babble or clipping
     severity: int,  # 0..3; 0 changes nothing
     rng: np.random.Generator,
-    others: list[np.ndarray | StoredRows] = (),  # sounds of other people, for babble
+    others: list[np.ndarray | StoredRows] = (),  # sounds [N] of other people, for babble
     scratch: str | Path | None = None,  # a folder: the result is `Rows` on its disk; None: an array
 ) -> np.ndarray | Rows:  # [N] float32 in [-1, 1]
     "A sound, as it would have been."

@@ -151,9 +151,9 @@ def _train(encoder: nn.Module, steps: int, rate: float, batch, title: str) -> No
 
 def train_visual_encoder(
     trials: list[dict],  # from `media.read_trial`
-    steps: int = 2000,
-    batch_size: int = 96,
-    rate: float = 0.002,
+    steps: int = 2000,  # of the optimiser
+    batch_size: int = 96,  # crops a step
+    rate: float = 0.002,  # highest learning rate
     seed: int = 0,
 ) -> VisualEncoder:  # frozen
     "Train on every labelled frame with a face."
@@ -176,9 +176,9 @@ def train_visual_encoder(
 
 def train_audio_encoder(
     trials: list[dict],  # from `media.read_trial`
-    steps: int = 1500,
-    batch_size: int = 12,
-    rate: float = 0.002,
+    steps: int = 1500,  # of the optimiser
+    batch_size: int = 12,  # pieces a step
+    rate: float = 0.002,  # highest learning rate
     seconds: float = 2.0,  # length of a training piece
     seed: int = 0,
 ) -> AudioEncoder:  # frozen

@@ -116,8 +116,8 @@ def make_encoders(
     folder: str | Path,  # receives visual.safetensors and audio.safetensors
     visual: dict | None = None,  # encoder, weights and perhaps options of a published one; default: one is trained
     audio: dict | None = None,  # likewise
-    visual_steps: int = 1200,
-    audio_steps: int = 600,
+    visual_steps: int = 1200,  # of the optimiser, where one is trained
+    audio_steps: int = 600,  # likewise
     seed: int = 0,
 ) -> None:
     "Make both encoders; one that is already there is kept."

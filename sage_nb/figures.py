@@ -655,7 +655,7 @@ def detection_figure(
 def fusion_swings(
     evidence: Evidence,
     model: str = "sage",
-    against: str = "concat",
+    against: str = "concat",  # the model that it is set beside
     least: int = 15,  # labelled frames that a stretch must have
 ) -> pd.DataFrame:  # trial, modality, start, end (frames), depth, error, error_against; the deepest first
     "Each trial's deepest fall and recovery of a modality's share of the weight, and both models' error in that stretch, by their first seeds."
@@ -700,7 +700,7 @@ def choose_swings(
 def gallery_figure(
     evidence: Evidence,
     model: str = "sage",
-    against: str = "concat",
+    against: str = "concat",  # the model that it is set beside
 ) -> Figure:
     "The clips of `choose_swings`: both models against the truth, and the share of weight that the visual modality has. Without a swing `DataError`."
     chosen = choose_swings(fusion_swings(evidence, model, against))
@@ -750,7 +750,7 @@ def gallery_figure(
 def plane_figure(
     evidence: Evidence,
     model: str = "sage",
-    against: str = "concat",
+    against: str = "concat",  # the model that it is set beside
     cells: int = 20,  # along each axis
     least: int = 30,  # frames that a cell of the last panel must have
 ) -> Figure:

@@ -74,7 +74,10 @@ class TCN(nn.Module):
 class Standardise(nn.Module):
     "Map features to zero mean and unit variance by statistics of the training set; non-finite values become zero."
 
-    def __init__(self, channels: int):
+    def __init__(
+        self,
+        channels: int,  # C
+    ):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
@@ -95,7 +98,10 @@ class Standardise(nn.Module):
         self.mean.copy_(torch.as_tensor(mean))
         self.std.copy_(torch.as_tensor(np.where(std > 1e-6 * (1 + np.abs(mean)), std, 1.0)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [..., C], raw
+    ) -> Tensor:  # [..., C]
         return torch.nan_to_num((x - self.mean) / self.std, 0.0, 0.0, 0.0)
 
 
@@ -244,7 +250,7 @@ class Estimator(nn.Module):
         return self.estimate(visual, audio, cues, ok, mask)
 
     def estimate(self, visual: Tensor, audio: Tensor, cues: Tensor | None, ok: Tensor, mask: Tensor) -> Output:
-        "Represent each modality, then `fuse`."
+        "Represent each modality, then `fuse`. Visual [B,T,Dv], audio [B,T,Da], raw cues [B,T,C], ok [B,T,2], mask [B,T] -> output."
         states, cues = self.front(visual, audio, ok, mask, cues)
         return self.fuse(states, cues, ok, mask)
 
@@ -257,16 +263,18 @@ class Estimator(nn.Module):
         return {}
 
     def refine(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor], corrupted: list[Tensor], steps: int, rate: float) -> None:
-        "Learn from what the model, held fixed, said of augmented training windows, before `calibrate`; nothing by default."
+        """Learn from what the model, held fixed, said of augmented training windows, before `calibrate`: a batch each, outputs, labels `va` [B,T,2], what is
+        `valid` [B,T], what was `corrupted` [B,T,2]; `steps` of the optimiser at this learning `rate`. Nothing by default."""
 
     def calibrate(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
-        "Fit what is to be measured on calibration subjects, late in training; nothing by default."
+        "Fit what is to be measured on calibration subjects, late in training: a batch each, outputs, labels `va` [B,T,2], what is `valid` [B,T]. Nothing by default."
 
     def calibrate_output(self, outputs: list[Output], va: list[Tensor], valid: list[Tensor], groups: list[list[str]]) -> None:
-        "Fit the variance of the estimate itself on calibration subjects, when training is over, each group (one for each window) counting once; nothing by default."
+        """Fit the variance of the estimate itself on calibration subjects, when training is over: as `calibrate`, and for each batch the `groups` [B] of its
+        windows, each of which counts once. Nothing by default."""
 
     def calibrate_alone(self, missing: int, outputs: list[Output], va: list[Tensor], valid: list[Tensor]) -> None:
-        "Fit what is to be measured where modality number `missing` is missing throughout, when training is over; nothing by default."
+        "Fit what is to be measured where modality number `missing` is missing throughout, when training is over: `va` [B,T,2] and `valid` [B,T] as in `calibrate`. Nothing by default."
 
     def finish(self) -> None:
         "Called when the last part of training begins, after `calibrate`; nothing changes by default."

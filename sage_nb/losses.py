@@ -68,11 +68,11 @@ def beta_nll(
 
 # %% ../nbs/10_losses.ipynb #34aed481
 def ordinal(
-    error: Tensor,  # errors of the first of each pair
-    log_var: Tensor,  # and their log variances
-    other_error: Tensor,  # the second of each pair
-    other_log_var: Tensor,
-    mask: Tensor,  # bool, pairs of which both count
+    error: Tensor,  # errors of the first of each pair, of any shape
+    log_var: Tensor,  # and their log variances, same shape
+    other_error: Tensor,  # those of the second of each pair, same shape
+    other_log_var: Tensor,  # same shape
+    mask: Tensor,  # bool, broadcast; pairs of which both count
 ) -> Tensor:  # scalar
     "Logistic loss on pairs: the larger error should have the larger log variance."
     mask = mask.expand_as(log_var)

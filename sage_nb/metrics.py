@@ -40,7 +40,7 @@ def _scored(
 def ccc(
     pred: np.ndarray,  # prediction, any shape
     target: np.ndarray,  # truth, same shape
-    mask: np.ndarray | None = None,  # bool, the frames that count; default: all
+    mask: np.ndarray | None = None,  # bool, same shape; the values that count; default: all
 ) -> float:
     "Concordance (Lin, 1989) of all values that count: float64, population moments, 0 when either side is constant."
     pred, target = _scored(pred, target, mask)
@@ -54,7 +54,7 @@ def ccc(
 def pearson(
     pred: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None
 ) -> float:
-    "Pearson's correlation coefficient, with the rules of `ccc`."
+    "Pearson's correlation coefficient of arrays of the same shape, with the rules of `ccc`."
     pred, target = _scored(pred, target, mask)
     if np.ptp(pred) == 0 or np.ptp(target) == 0:
         return 0.0
@@ -64,7 +64,7 @@ def pearson(
 def rmse(
     pred: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None
 ) -> float:
-    "Root of the mean squared error."
+    "Root of the mean squared error of arrays of the same shape, in their unit."
     pred, target = _scored(pred, target, mask)
     return float(np.sqrt(((pred - target) ** 2).mean()))
 
@@ -288,8 +288,8 @@ def holm(
 
 # %% ../nbs/01_metrics.ipynb #9b294490
 def auroc(
-    high: np.ndarray,  # values that should be the larger
-    low: np.ndarray,  # values that should be the smaller
+    high: np.ndarray,  # [N] values that should be the larger
+    low: np.ndarray,  # [K] values that should be the smaller
 ) -> float:  # in [0, 1]; missing if one side is empty
     "Probability that a value of `high` exceeds one of `low`, ties counting half (Mann and Whitney, 1947)."
     if not len(high) or not len(low):

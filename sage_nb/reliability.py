@@ -27,7 +27,7 @@ class Readouts(nn.Module):
         self.maps = nn.ModuleList(nn.ModuleList(nn.Linear(width, 2) for width in widths) for _ in range(stages))
 
     def forward(self, states: list[Tensor], stage: int) -> Tensor:
-        "States [B,T,C_m] -> [B,T,M,2] in [-1, 1]."
+        "States [B,T,C_m] of the stage of this number (0 = before interaction) -> [B,T,M,2] in [-1, 1]."
         return torch.stack([torch.tanh(read(x)) for read, x in zip(self.maps[stage], states)], -2)
 
 # %% ../nbs/07_reliability.ipynb #1f73ff4d
@@ -204,7 +204,7 @@ class Confidence(nn.Module):
 
 
 def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
-    "Bound `x` to (low, high), smoothly, so that a gradient is left everywhere."
+    "Bound `x`, of any shape, to (low, high), smoothly, so that a gradient is left everywhere."
     return high - F.softplus(high - (low + F.softplus(x - low)))
 
 

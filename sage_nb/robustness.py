@@ -195,7 +195,7 @@ def _with_interval(difference: np.ndarray) -> dict[str, float]:
 def loss_differences(
     evidence: Evidence,
     model: str = "sage",
-    other: str = "concat",
+    other: str = "concat",  # the model that it is set beside
     resamples: int = 2000,
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:

@@ -31,7 +31,7 @@ class SageOutput(NamedTuple):
     ok: Tensor  # [B, T, M] bool, the modality is there
     mask: Tensor  # [B, T] bool, real frames
     cues: Tensor  # [B, T, C] what the branch read
-    watched: tuple[Tensor, ...]  # and the states that it read, detached; none unless it watches states
+    watched: tuple[Tensor, ...]  # and the states [B, T, C_m] that it read, detached; none unless it watches states
 
 
 def _louder(va: Tensor, gain: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class SAGE(Estimator, name="sage"):
         return log_var, reliability, centred
 
     def estimate(self, visual: Tensor, audio: Tensor, cues: Tensor | None, ok: Tensor, mask: Tensor) -> SageOutput:
-        "Judge the observation, represent, interact, fuse."
+        "Judge the observation, represent, interact, fuse. Visual [B,T,Dv], audio [B,T,Da], raw cues [B,T,C], ok [B,T,2], mask [B,T] -> output."
         cues, trust, states = self.front.observe(cues, ok, mask), None, ()
         if self.branch.watches_states:
             states = self.front.represent(visual, audio, ok, mask, cues)
@@ -177,7 +177,8 @@ class SAGE(Estimator, name="sage"):
         return terms
 
     def refine(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor], corrupted: list[Tensor], steps: int, rate: float) -> None:
-        "Train the branch alone, on windows that show corrupted copies more often than training does."
+        """Train the branch alone, on windows that show corrupted copies more often than training does: a batch each, outputs, labels `va` [B,T,2], what is
+        `valid` [B,T], what was `corrupted` [B,T,2]; `steps` of the optimiser at this learning `rate`."""
         optimiser = torch.optim.AdamW(self.branch.parameters(), rate, weight_decay=0.01)
         self.train()
         for step in range(steps):
@@ -189,7 +190,7 @@ class SAGE(Estimator, name="sage"):
             optimiser.step()
 
     def calibrate(self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
-        "Fit the calibration lines and the median evidence on calibration subjects."
+        "Fit the calibration lines and the median evidence on calibration subjects: a batch each, outputs, labels `va` [B,T,2], what is `valid` [B,T]."
         counts = torch.cat([self._counts(o, v).expand_as(o.readouts).flatten(0, 1) for o, v in zip(outputs, valid)])
         error = torch.cat([(o.readouts - y[:, :, None, None]).flatten(0, 1) for o, y in zip(outputs, va)])  # may be NaN where no label counts
         p, q = fit_calibration(torch.cat([o.raw_readout_log_var.flatten(0, 1) for o in outputs]), error, counts)
@@ -201,7 +202,8 @@ class SAGE(Estimator, name="sage"):
     def calibrate_output(
         self, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor], groups: list[list[str]], level: float = 0.9
     ) -> None:
-        "Fit the calibration line of the estimate's own variance, and the conformal quantile of its intervals, each group counting once."
+        """Fit the calibration line of the estimate's own variance, and the conformal quantile of its intervals at this level: a batch each, outputs, labels
+        `va` [B,T,2], what is `valid` [B,T], and the `groups` [B] of its windows, each of which counts once."""
         error, raw, bound = (torch.cat([x.flatten(0, 1) for x in part]) for part in (
             [o.va - y for o, y in zip(outputs, va)], [o.raw_log_var for o in outputs], [(1.01 - o.va.square()).log() for o in outputs]))
         counts = torch.cat([v.flatten() for v in valid])
@@ -218,7 +220,7 @@ class SAGE(Estimator, name="sage"):
             self.quantile[k] = value[min(int((weight[order].cumsum(0) < level).sum()), len(value) - 1)]
 
     def calibrate_alone(self, missing: int, outputs: list[SageOutput], va: list[Tensor], valid: list[Tensor]) -> None:
-        "Find the gain at which the estimate from the other modality alone concords best with the labels."
+        "Find the gain at which the estimate without modality number `missing` concords best with the labels: a batch each, outputs, labels `va` [B,T,2], what is `valid` [B,T]."
         said, truth = (torch.cat([x[v] for x, v in zip(part, valid)]) for part in ([o.va for o in outputs], va))
         gains = torch.logspace(-0.5, 0.8, 60, device=said.device)
         ccc = masked_ccc(_louder(said, gains[:, None, None]), truth, torch.ones_like(said, dtype=torch.bool), (1,))  # [60, 2]

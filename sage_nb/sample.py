@@ -66,17 +66,17 @@ AUDIO_NUISANCES = ["babble", "clipping", "noise", "silence"]
 @dataclass
 class Look:
     "What makes a subject's face and voice theirs. Lengths in units of the head's half height."
-    skin: tuple[int, int, int]
-    hair: tuple[int, int, int]
-    wall: tuple[int, int, int]
-    shirt: tuple[int, int, int]
-    aspect: float
-    eye_gap: float
-    eye_size: float
-    brow_thickness: float
-    mouth_width: float
-    mouth_height: float
-    hair_line: float
+    skin: tuple[int, int, int]  # RGB, 0..255
+    hair: tuple[int, int, int]  # RGB
+    wall: tuple[int, int, int]  # RGB
+    shirt: tuple[int, int, int]  # RGB
+    aspect: float  # width of the head over its height
+    eye_gap: float  # from the middle of the face to an eye
+    eye_size: float  # times the usual one
+    brow_thickness: float  # of a brow
+    mouth_width: float  # half of it, at rest
+    mouth_height: float  # how far below the middle of the face
+    hair_line: float  # how far above the middle of the face
     neutral: dict[str, float]  # the face at rest
     face_gain: np.ndarray  # [2], how much valence and arousal show
     voice_gain: np.ndarray  # [2]
@@ -427,7 +427,7 @@ class Clip:
     split: str
     seed: list[int]
     subjects: list[int]  # one, or two in a conversation
-    seconds: float
+    seconds: float  # its length
     rate: Fraction
     suffix: str = ".mp4"
     sound_start: float = 0.0  # seconds; a late sound track

@@ -148,10 +148,10 @@ def encode_corrupted(
     folder: str | Path,  # receives <family>-<severity>/<trial>.safetensors; those already there are kept
     split: str = "validation",
     seed: int = 0,  # decides stretches, objects, noises and voices
-    detect_every: int = 5,  # this and the next three as in `media.face_finder`, and as the trials were prepared
-    face_model: str | None = None,
-    several_faces: bool | None = None,
-    smallest_face: float = 0.2,
+    detect_every: int = 5,  # as in `media.face_finder`, and as the trials were prepared
+    face_model: str | None = None,  # likewise
+    several_faces: bool | None = None,  # likewise
+    smallest_face: float = 0.2,  # likewise
     workers: int = 0,  # processes; 0 = one a core
     scheduler: str | None = None,  # address of a Dask scheduler, whose workers do it instead
 ) -> None:

@@ -31,7 +31,10 @@ def number(
     return "–" if pd.isna(value) else f"{round(float(value), 3) + 0.0:.3f}"
 
 
-def interval(low: float, high: float) -> str:
+def interval(
+    low: float,  # NaN: missing
+    high: float,  # likewise
+) -> str:
     "The two ends of an interval, a dash for what is missing."
     return "–" if pd.isna(low) else f"[{number(low)}, {number(high)}]"
 
@@ -42,7 +45,7 @@ def p_text(p: float) -> str:
 
 
 def measured(
-    table: pd.DataFrame,
+    table: pd.DataFrame,  # one row a line
     name: str,  # a column that has `<name>_low` and `<name>_high` beside it
 ) -> list[str]:
     "Value and interval of each row."
@@ -103,7 +106,7 @@ def write_formats(
 
 
 def row_keys(
-    table: pd.DataFrame,
+    table: pd.DataFrame,  # one row a line
     columns: list[str],  # that name a row
 ) -> list[str]:
     "Rows as provenance names them."

@@ -27,7 +27,7 @@ __all__ = ['WINDOW', 'HOP', 'Settings', 'learning_rate', 'predict_sequences', 's
 @dataclass(frozen=True)
 class Settings:
     "How a model is trained."
-    epochs: int = 20
+    epochs: int = 20  # at most
     patience: int = 10  # epochs without a better dev score after which training stops
     batch: int = 8  # windows in a batch, from as many trials
     window: int = 300  # frames of a window
@@ -40,7 +40,7 @@ class Settings:
     augment: float = 0.6  # share of windows that are corrupted
     calibrate: str = "inside"  # "inside": then the model finishes on calibrated confidence; "after" training; or "never"
     refine_steps: int = 200  # of the reliability branch, before calibration
-    refine_rate: float = 0.001
+    refine_rate: float = 0.001  # learning rate of these
     finish_at: float = 0.7  # share of the epochs after which a model that calibrates inside does so and finishes
 
     def __post_init__(self):

@@ -157,7 +157,10 @@ def training_batches(
 class OverlapAverage:
     "Collects what windows say of one sequence; the mean over the windows that cover a frame."
 
-    def __init__(self, length: int):
+    def __init__(
+        self,
+        length: int,  # frames of the sequence
+    ):
         self.length, self.total, self.count = length, {}, np.zeros(length)
 
     def add(
