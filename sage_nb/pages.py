@@ -255,8 +255,9 @@ canvas { display: block; width: 100%; }
   main { display: flex; flex-direction: column; padding: 10px 12px 20px; }
   #top { display: contents; }
   #player, #screen { width: 100% !important; }
-  #curves, #readout, #hint { order: 1; }
-  #readout { margin: 10px 0; }
+  #curves { order: 1; }
+  #readout { order: 2; flex: none; margin: 12px 0 6px; }
+  #hint { order: 3; }
 }
 """
 
