@@ -528,30 +528,34 @@ def replay(
 
 # %% ../nbs/23_streaming.ipynb #f60ebe2a
 def measure_stream(
-    frames: int = 450,  # of the clip, at least 90
+    video: str | Path | None = None,  # of a face; None: one is rendered
+    frames: int = 450,  # of it, at most
     warm: int = 30,  # of which the first are not counted
 ) -> list[dict]:  # a row as those of `efficiency.measure_extraction`: name, value, unit, sides, bar, met
     "Measure what a frame of a 640 x 360 stream with 30 pictures a second costs: the 99th percentile; its sides are the mean and that. Networks are the small ones, untrained."
     taken, threads = [], cv2.getNumThreads()
     with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng():
         torch.manual_seed(0)
-        make_sample(Path(temporary) / "sample", subjects=dict.fromkeys(("pretrain", "train", "validation", "test"), 1), seconds=(frames / 30, frames / 30), workers=1)
-        [video, *_] = sorted((Path(temporary) / "sample/corpus/videos").iterdir())
+        if video is None:
+            make_sample(Path(temporary) / "sample", subjects=dict.fromkeys(("pretrain", "train", "validation", "test"), 1), seconds=(15, 15), workers=1)
+            [video, *_] = sorted((Path(temporary) / "sample/corpus/videos").iterdir())
         stream = Stream(SAGE(64, 64, len(CUES), cue_owners=CUE_OWNERS, causal=True), (VisualEncoder().eval(), AudioEncoder().eval()), 30.0)
         cv2.setNumThreads(1)
         try:
             with quiet():
                 spent = 0.0
                 for kind, data, moment in replay(video):
+                    if len(taken) >= frames:
+                        break
                     if kind == "picture":
                         square = cv2.resize(data, (360, 360), interpolation=cv2.INTER_CUBIC)
                         data = cv2.copyMakeBorder(square, 0, 0, 140, 140, cv2.BORDER_REPLICATE)
                     start = time.thread_time()
                     stream.push_picture(data, moment) if kind == "picture" else stream.push_sound(data, moment)
-                    said = stream.ready()
+                    rows = stream.ready()
                     spent += time.thread_time() - start
-                    if kind == "picture":  # with the sound since the one before
-                        taken.append(1e3 * spent)
+                    if rows:
+                        taken += [1e3 * spent / len(rows)] * len(rows)
                         spent = 0.0
         finally:
             cv2.setNumThreads(threads)
