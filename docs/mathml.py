@@ -1,5 +1,6 @@
 """A renderer of formulas for Sphinx: LaTeX to MathML when the site is built, by docutils' own converter. Browsers draw it without any script."""
 import re
+from xml.etree import ElementTree
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -8,11 +9,23 @@ from sphinx.util import logging
 
 
 REWRITTEN = [  # what docutils lacks or reads otherwise -> the same, written so that it does not
-    (r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l"), (r"\\dots(?![a-zA-Z])", r"\\ldots"),
+    (r"\\([bB]igg?)\s*(?=[(\[]|\\(\{|langle))", r"\\\1l"), (r"\\([bB]igg?)\s*(?=[)\]]|\\(\}|rangle))", r"\\\1r"), (r"\\[bB]igg?(?![a-zA-Z])", ""), (r"\\dots(?![a-zA-Z])", r"\\ldots"),
     (r"\\([tdc]?frac)(\d)(\d)", r"\\\1{\2}{\3}"),  # \tfrac12, which it takes for twelve over what follows
     (r"\\(bar|hat|tilde|overline)\s*([a-zA-Z]|\\[a-zA-Z]+|\{(?:[^{}]|\{[^{}]*\})*\})", r"{{}\\\1{\2}}"),  # or an index would go below the letter
     (r"\\operatorname\*", r"\\operatorname"), (r"\\(log|min|max)\s*(?=\\mathrm)", r"\\\1\\,"),
 ]
+
+
+CHILDREN = {"mfrac": 2, "msub": 2, "msup": 2, "mover": 2, "munder": 2, "mroot": 2, "msubsup": 3, "munderover": 3}
+
+
+def convert(tex: str, block: bool = False) -> str:
+    "MathML of a formula; `MathError` where docutils does not know it, or makes something of it that browsers would draw as something else."
+    mathml = tex2mathml(known_to_docutils(tex), as_block=block)
+    for element in ElementTree.fromstring(mathml.replace("&ApplyFunction;", "")).iter():
+        if len(element) != CHILDREN.get(name := element.tag.split("}")[1], len(element)):
+            raise MathError(f"{name} with {len(element)} parts")
+    return mathml
 
 
 def known_to_docutils(tex: str) -> str:
@@ -23,9 +36,9 @@ def known_to_docutils(tex: str) -> str:
 
 
 def _convert(self, node: nodes.Element, block: bool) -> None:
-    tex = known_to_docutils(node.astext())
+    tex = node.astext()
     try:
-        mathml = tex2mathml(tex, as_block=block)
+        mathml = convert(tex, block)
     except MathError as error:
         logging.getLogger(__name__).warning("not a formula that docutils knows (%s): %s", error, tex, location=node)
         mathml = self.encode(tex)
