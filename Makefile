@@ -16,7 +16,7 @@ help:
 	@echo "make verify     rebuild from raw video what make repro made of results/, and compare with what is committed"
 	@echo "make bench      time every model, extraction and prediction, and write results/{bench,extraction,prediction}.json (about 8 minutes; the efficiency table is made from the first)"
 	@echo "make readme     write README.md from nbs/index.ipynb"
-	@echo "make docs       the notebooks with their outputs, and the reference of the package, as a site: _site/index.html (the first time some minutes, as notebooks are executed; then about one)"
+	@echo "make docs       the notebooks with their outputs, and the reference of the package, as a site: _site/index.html (executes the notebooks the first time, over 5 minutes of processor time; then about one)"
 	@echo "make lab        open the notebooks in JupyterLab, at the index"
 	@echo "make clean      remove everything that can be made again (not data, results or the environment)"
 

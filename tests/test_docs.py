@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, pipeline
 from sage_nb.core import DataError
+from sage_nb.pipeline import write_sources
+from test_pipeline import make_project
 
 sys.path.insert(0, str(ROOT / "docs"))
 import build  # noqa: E402
@@ -276,6 +278,19 @@ def test_a_notebook_that_fails_is_named(tmp_path):
     with pytest.raises(DataError, match="nbs/00_toy.ipynb: a cell failed"):
         build.executed(tmp_path / "project", [path], workers=1)
     assert not list((tmp_path / "project/.work/docs/executed").glob("*[0-9a-f].ipynb"))
+
+
+def test_a_stage_is_shown_with_outputs_while_they_are_of_what_is_here(tmp_path):
+    project = make_project(tmp_path / "project")
+    write_sources(project)
+    assert build.stage_copies(project) == {}
+    assert pipeline(project, "run", "make").returncode == 0
+    assert build.stage_copies(project) == {"20_stage_make": project / ".work/executed/make.ipynb"}
+    (project / "data/corpus/4.mp4").touch()  # no longer a sample, of which everything may be shown
+    assert build.stage_copies(project) == {}
+    (project / "data/corpus/4.mp4").unlink()
+    (project / "data/corpus/base.txt").write_text("2")
+    assert build.stage_copies(project) == {}
 
 
 def test_a_page_of_a_notebook_shows_what_readers_need(tmp_path):
