@@ -232,6 +232,7 @@ class _Blocks:
 
 # %% ../nbs/23_streaming.ipynb #eb70d4d5
 _NEAR = 0.051  # seconds of sound on either side of a frame that its level, peak and spectrum need, with a margin for rounding
+_REACH = 0.3  # seconds of sound on either side that an embedding of the small encoder can see; its own margin is on the safe side, and costs time
 _LONG, _SHORT = 0.4, 0.15  # seconds; deviations of the windows of synchrony and timbre (see features), which end at twice that
 
 
@@ -408,7 +409,7 @@ class Stream:
     def _embed(self, frame: dict) -> tuple[np.ndarray, bool]:  # [Da], and whether there is sound
         audio, moment, margin = self.encoders[1], frame["moment"], self._wide.margin
         if isinstance(audio, AudioEncoder):  # which of two embeddings is nearer must not depend on where this piece begins
-            moment = float(np.rint(moment / EMBEDDING_STEP)) * EMBEDDING_STEP
+            moment, margin = float(np.rint(moment / EMBEDDING_STEP)) * EMBEDDING_STEP, _REACH
         step = round(EMBEDDING_STEP * AUDIO_RATE)
         first = max(int((moment - margin) * AUDIO_RATE) // step * step, 0)
         piece = self._sound.cut(frame["begin"] + first, min(frame["begin"] + int((moment + margin) * AUDIO_RATE), self._sound.end))
