@@ -610,9 +610,9 @@ def measure_stream(
         try:
             with quiet():
                 for _ in range(rounds):
-                    stream, spent, costs = Stream(*networks, 30.0), 0.0, []
+                    stream, pictures, rest, spent = Stream(*networks, 30.0), [], [], 0.0
                     for kind, data, moment in replay(video):
-                        if len(costs) >= frames:
+                        if len(rest) >= frames:
                             break
                         if kind == "picture":
                             square = cv2.resize(data, (360, 360), interpolation=cv2.INTER_CUBIC)
@@ -620,11 +620,15 @@ def measure_stream(
                         start = time.thread_time()
                         stream.push_picture(data, moment) if kind == "picture" else stream.push_sound(data, moment)
                         rows = stream.ready()
-                        spent += time.thread_time() - start
+                        cost = time.thread_time() - start
+                        if kind == "picture":
+                            pictures.append(cost)
+                        else:
+                            spent += cost
                         if rows:
-                            costs += [1e3 * spent / len(rows)] * len(rows)
+                            rest += [spent / len(rows)] * len(rows)
                             spent = 0.0
-                    taken.append(costs)
+                    taken.append([1e3 * sum(both) for both in zip(pictures, rest)])
         finally:
             cv2.setNumThreads(threads)
     best = np.min(taken, 0)[warm:]
