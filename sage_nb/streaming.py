@@ -8,8 +8,8 @@ import hashlib, heapq, tempfile, time
 from collections.abc import Iterator
 from pathlib import Path
 import cv2, numpy as np, torch
-import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
+from scipy.special import erf, expit
 from torch import Tensor, nn
 from .backbones import SpeechEncoder
 from .baselines import build_model
@@ -17,162 +17,230 @@ from .core import MODALITIES, DataError, read_arrays, write_arrays
 from .efficiency import quiet
 from .encoders import AUDIO_RATE, EMBEDDING_STEP, HEARD, AudioEncoder, VisualEncoder, sound_blocks
 from .features import CUE_OWNERS, CUES, _looks, _noise_floor, _RunningMean, _spectral_shape, _synchrony
-from .interaction import TCN, InteractionStep, TemporalConv, leaky_sum
+from .interaction import InteractionStep, TemporalConv
 from .media import _Track, crop_face, face_finder, read_frames, read_sound
-from .reliability import Judge, soft_clamp
-from .sage import SAGE, SageOutput, _louder
+from .sage import SAGE, SageOutput
 from .sample import make_sample
 
 # %% auto #0
 __all__ = ['SageStream', 'Stream', 'replay', 'measure_stream']
 
 # %% ../nbs/23_streaming.ipynb #ffb8ad9d
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + erf(x * np.float32(0.5**0.5)))
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def _softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(np.float32(0), x)
+
+
 class SageStream:
     """A causal SAGE that is shown its frames piece by piece. What it says does not depend on how they were cut, up to rounding. Memory does not
-    grow with the stream; all of it is in `memory`: name -> tensor, so a stream is continued by giving another the same memory."""
+    grow with the stream; all of it is in `memory`: name -> array, so a stream is continued by giving another the same memory."""
 
     def __init__(
         self,
-        model: SAGE,  # causal, with the interaction by memory; others raise `DataError`. It is put in evaluation mode
+        model: SAGE,  # causal, with the interaction by memory, on the CPU; others raise `DataError`
     ):
         if not isinstance(model, SAGE) or not model.causal:
             raise DataError(f"a stream needs a SAGE that looks at the past only, not {getattr(model, 'name', type(model).__name__)} as it is; "
                             "train one with the option causal: true")
         if not all(isinstance(step, InteractionStep) for step in model.interaction):
             raise DataError("a stream has no room for attention, which looks at all earlier frames again; train with the option interaction: memory")
-        self.model, self.memory = model.eval(), {}
+        if next(model.parameters()).device.type != "cpu":
+            raise DataError("a stream works on the CPU, which is quicker for single frames; give model.cpu()")
+        self.model, self.memory = model, {}
+        self._weights = {name: value.numpy() for name, value in model.state_dict().items()}  # views
+        self._owners = ["vab-".index(owner) for owner in model.front.cue_owners.lower()]
 
-    @torch.inference_mode()
     def __call__(
         self,
-        visual: Tensor,  # [B, T, Dv], the next frames of B streams side by side; T at least 1
-        audio: Tensor,  # [B, T, Da]
-        visual_ok: Tensor | None = None,  # [B, T] bool, a face was found; default: everywhere
-        audio_ok: Tensor | None = None,  # [B, T] bool, there is sound; default: everywhere
-        cues: Tensor | None = None,  # [B, T, C], raw; NaN where undefined
-    ) -> SageOutput:  # of these frames
-        "What the model says of the next frames. Sizes that do not fit raise `DataError`, and the memory stays as it was."
+        visual: np.ndarray | Tensor,  # [B, T, Dv], the next frames of B streams side by side; T at least 1
+        audio: np.ndarray | Tensor,  # [B, T, Da]
+        visual_ok: np.ndarray | Tensor | None = None,  # [B, T] bool, a face was found; default: everywhere
+        audio_ok: np.ndarray | Tensor | None = None,  # [B, T] bool, there is sound; default: everywhere
+        cues: np.ndarray | Tensor | None = None,  # [B, T, C], raw; NaN where undefined
+    ) -> SageOutput:  # of these frames; arrays in the place of tensors
+        "What the model, in evaluation mode, says of the next frames. Sizes that do not fit raise `DataError`, and the memory stays as it was."
+        visual, audio = (np.asarray(x, np.float32) for x in (visual, audio))
         if not visual.shape[1] or self.memory and len(visual) != len(self.memory["seen"]):
             raise DataError(f"a stream of {len(self.memory.get('seen', visual))} side by side got {len(visual)} with {visual.shape[1]} frames; "
                             "give each its next frames, at least one")
-        everywhere, model = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device), self.model
-        ok = torch.stack([everywhere if flag is None else flag for flag in (visual_ok, audio_ok)], -1)
+        front = self.model.front
+        for name, given, wanted in (("visual", visual.shape[-1], front.dim["visual"]), ("audio", audio.shape[-1], front.dim["audio"]),
+                                    ("cues", 0 if cues is None else cues.shape[-1], front.cue_dim)):
+            front._check(name, given, wanted)
+        everywhere = np.ones(visual.shape[:2], bool)
+        ok = np.stack([everywhere if flag is None else np.asarray(flag) for flag in (visual_ok, audio_ok)], -1)
+        cues = np.zeros((*everywhere.shape, 0)) if cues is None else cues
         self._next = {}
-        output = self._estimate(visual, audio, model.front.observe(cues, ok, everywhere), ok, everywhere)
+        output = self._estimate(visual, audio, np.asarray(cues, np.float32), ok, everywhere)
         self.memory = self._next
         return output
 
-    def _after(self, name: str, x: Tensor, frames: int) -> Tensor:
+    def _after(self, name: str, x: np.ndarray, frames: int) -> np.ndarray:
         "[B, T, ...] -> [B, frames + T, ...]: so many earlier values in front."
-        past = self.memory[name].to(x.device) if name in self.memory else x.new_zeros(len(x), frames, *x.shape[2:])
-        both = torch.cat([past, x], 1)
+        past = self.memory[name] if name in self.memory else np.zeros((len(x), frames, *x.shape[2:]), x.dtype)
+        both = np.concatenate([past, x], 1)
         self._next[name] = both[:, both.shape[1] - frames :]
         return both
 
-    def _sum(self, name: str, x: Tensor) -> Tensor:
+    def _sum(self, name: str, x: np.ndarray) -> np.ndarray:
         "[B, T, C] -> [B, T, C]: sum over all frames so far."
-        total = x.cumsum(1, dtype=torch.float64)
+        total = x.cumsum(1, dtype=np.float64)
         if name in self.memory:
-            total = total + self.memory[name].to(x.device)
+            total += self.memory[name]
         self._next[name] = total[:, -1:]
-        return total.to(x.dtype)
+        return total.astype(np.float32)
 
-    def _conv(self, name: str, conv: TemporalConv, x: Tensor) -> Tensor:
-        "As `TemporalConv.forward`, all taps at once: for a single frame half as many operations."
-        taps = self._after(name, x, conv.before).unfold(1, conv.before + 1, 1)[..., :: conv.dilation]  # [B, T, C, K]
-        return (taps * conv.weight.T).sum(-1) + conv.bias
+    def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        return x @ self._weights[f"{name}.weight"].T + self._weights[f"{name}.bias"]
 
-    def _tcn(self, name: str, tcn: TCN, x: Tensor) -> Tensor:
-        for i, (conv, mix) in enumerate(zip(tcn.convs, tcn.mixes)):
-            x = x + mix(self._conv(f"{name} {i}", conv, x))
-        return tcn.norm(x)
+    def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        "As `nn.LayerNorm`."
+        x = x - np.add.reduce(x, -1, keepdims=True) / x.shape[-1]
+        x /= np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / x.shape[-1] + np.float32(1e-5))
+        return x * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
 
-    def _represent(self, visual: Tensor, audio: Tensor, ok: Tensor, cues: Tensor, trust: Tensor | None = None) -> list[Tensor]:
-        "As `FrontEnd.represent`."
+    def _scale(self, name: str, x: np.ndarray) -> np.ndarray:
+        "As `Standardise`."
+        x = (x - self._weights[f"front.scale.{name}.mean"]) / self._weights[f"front.scale.{name}.std"]
+        return np.where(np.isfinite(x), x, np.float32(0))
+
+    def _conv(self, name: str, conv: TemporalConv, x: np.ndarray) -> np.ndarray:
+        "As `TemporalConv`."
+        both, frames, y = self._after(name, x, conv.before), x.shape[1], self._weights[f"{name}.bias"]
+        for tap, start in zip(self._weights[f"{name}.weight"], range(0, conv.before + 1, conv.dilation)):
+            y = y + both[:, start : start + frames] * tap
+        return y
+
+    def _represent(self, visual: np.ndarray, audio: np.ndarray, ok: np.ndarray, cues: np.ndarray, trust: np.ndarray | None = None) -> list[np.ndarray]:
+        "As `FrontEnd.represent`, with its `TCN`."
         front, states = self.model.front, []
-        flags = ok.to(visual.dtype) if trust is None else trust
+        flags = ok.astype(np.float32) if trust is None else trust
         for n, (m, x) in enumerate(zip(MODALITIES, (visual, audio))):
-            front._check(m, x.shape[-1], front.dim[m])
-            x = torch.where(ok[..., n, None], front.scale[m](x), 0.0)
+            x = np.where(ok[..., n, None], self._scale(m, x), np.float32(0))
             if trust is not None:
                 x = x * trust[..., n, None]
-            states.append(self._tcn(m, front.tcn[m], front.project[m](torch.cat([x, cues[..., front.cues_of[m]], flags], -1))))
+            x = self._linear(f"front.project.{m}", np.concatenate([x, cues[..., front.cues_of[m]], flags], -1))
+            for i, conv in enumerate(front.tcn[m].convs):
+                mixed = self._linear(f"front.tcn.{m}.mixes.{i}.0", self._conv(f"front.tcn.{m}.convs.{i}", conv, x))
+                x = x + _gelu(self._norm(f"front.tcn.{m}.mixes.{i}.1", mixed))
+            states.append(self._norm(f"front.tcn.{m}.norm", x))
         return states
 
-    def _judge(self, name: str, judge: Judge, observed: Tensor) -> Tensor:
-        "As `Judge.forward`."
-        x = F.gelu(judge.hidden(observed))
-        return judge.log_var(x + F.gelu(judge.mix(self._conv(name, judge.context, x)))).unflatten(-1, (-1, 2))
-
-    def _branch(self, cues: Tensor, ok: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        "As `StageAdaptiveReliability.forward` and `SAGE.judge`: log variances, reliability, evidence as the switch wants it."
-        model, branch = self.model, self.model.branch
-        there, steady = ok[..., :1].to(cues.dtype), cues[..., branch.steady]
-        usual = self._sum("usual", steady * there) / self._sum("faces", there).clamp(min=1)
+    def _branch(self, cues: np.ndarray, ok: np.ndarray, states: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "As `StageAdaptiveReliability` and `SAGE.judge`: log variances, reliability, evidence as the switch wants it."
+        model, branch, weights = self.model, self.model.branch, self._weights
+        there, steady = ok[..., :1].astype(np.float32), cues[..., branch.steady]
+        usual = self._sum("usual", steady * there) / np.maximum(self._sum("faces", there), 1)
         moved = (steady - usual) * there
-        doors, said = [door(x) for door, x in zip(branch.doors, states)], []
-        for m, (judge, more) in enumerate(zip(branch.judges, ([moved, moved.abs()], []))):
-            observed = torch.cat([cues[..., branch.about[m]], ok[..., m, None].to(cues.dtype), *more, *doors[m : m + 1]], -1)
-            said.append(self._judge(f"judge {m}", judge, observed))
-        log_var = soft_clamp(torch.stack(said, 2) + branch.label_variance.log(), -7.0, 2.0)
-        back, frames = branch.smooth - 1, ok.shape[1]
-        evidence, reliability = branch.evidence(branch.calibrated(self._after("log variance", log_var, back)), self._after("ok", ok, back))
-        centred = evidence[:, -frames:] - branch.centre
+        said = []
+        for m, more in enumerate(([moved, np.abs(moved)], [])):
+            doors = [np.tanh(self._linear(f"branch.doors.{m}.1", self._norm(f"branch.doors.{m}.0", states[m])))] if states else []
+            observed = np.concatenate([cues[..., branch.about[m]], ok[..., m, None], *more, *doors], -1, dtype=np.float32)
+            x, name = _gelu(self._linear(f"branch.judges.{m}.hidden", observed)), f"branch.judges.{m}"
+            x = x + _gelu(self._linear(f"{name}.mix", self._conv(f"{name}.context", branch.judges[m].context, x)))
+            said.append(self._linear(f"{name}.log_var", x).reshape(*x.shape[:2], -1, 2))
+        variance = weights["branch.label_variance"]
+        log_var = np.stack(said, 2) + np.log(variance)
+        log_var = 2 - _softplus(2 - (_softplus(log_var + 7) - 7))  # as `soft_clamp`
+        ratio = variance / np.exp(weights["branch.slope"] * log_var + weights["branch.shift"])
+        odds = np.log(np.stack([np.maximum(ratio - 1, np.float32(branch.floor)), ratio], 2)).mean(-1)  # [B, T, 2, M, S]
+        counts = np.broadcast_to(ok[:, :, None, :, None], odds.shape)
+        total, count = (self._moving_sum(name, x, branch.smooth) for name, x in (("evidence", np.where(counts, odds, np.float32(0))), ("ok", counts.astype(np.float32))))
+        smoothed = total / np.maximum(count, np.float32(1e-6))
+        centred = smoothed[:, :, 0] - weights["branch.centre"]
         if model.reliability == "shared":
-            centred = centred[..., :1].expand_as(centred)
+            centred = np.broadcast_to(centred[..., :1], centred.shape)
         elif model.reliability == "none":
-            centred = torch.zeros_like(centred)
-        return log_var, reliability[:, -frames:], centred
+            centred = np.zeros_like(centred)
+        return log_var, expit(smoothed[:, :, 1]) * ok[..., None], centred
 
-    def _step(self, name: str, step: InteractionStep, states: list[Tensor], trust: Tensor) -> list[Tensor]:
+    def _moving_sum(self, name: str, x: np.ndarray, width: int) -> np.ndarray:
+        both, frames = self._after(name, x, width - 1), x.shape[1]
+        if frames == 1:
+            return both.sum(1, keepdims=True)
+        return sum(both[:, start : start + frames] for start in range(width))
+
+    def _gate(self, evidence: np.ndarray, ok: np.ndarray) -> np.ndarray:
+        "As `Confidence.gate`."
+        alpha, beta = self._weights["confidence.alpha"], self._weights["confidence.beta"]
+        return ok * expit(alpha * evidence + beta) / expit(beta)
+
+    def _confidence(self, evidence: np.ndarray, ok: np.ndarray) -> np.ndarray:
+        "As `Confidence.forward`."
+        if self.model.confidence.weighting == "gates":
+            modality = self._gate(evidence[..., 0], ok)
+        else:
+            logits = np.where(ok, self._weights["confidence.alpha"] * evidence[..., 0], np.float32(-np.inf))
+            modality = 2 * _softmax(np.where(ok.any(-1, keepdims=True), logits, np.float32(0))) * ok
+        return modality[..., None] if evidence.shape[-1] == 1 else modality[..., None] * _softmax(self._weights["confidence.alpha_stage"] * evidence)
+
+    def _step(self, s: int, step: InteractionStep, states: list[np.ndarray], trust: np.ndarray) -> list[np.ndarray]:
         "As `InteractionStep.forward`."
-        said = [trust[..., n, None] * value(x) for n, (value, x) in enumerate(zip(step.value, states))]
-        x = torch.cat([*said, trust, (trust > 0).to(trust.dtype)], -1)
-        alone = x.shape[1] == 1  # then there is nothing to sum
-        total = x[:, :, None].expand(-1, -1, len(step.decays), -1) if alone else leaky_sum(x, step.decays, True)  # [B, T, D, C]
-        if name in self.memory:
-            decay = torch.tensor(step.decays, dtype=x.dtype, device=x.device)[:, None]
-            total = total + decay ** torch.arange(1, x.shape[1] + 1, device=x.device)[:, None, None] * self.memory[name].to(x.device)
-        self._next[name] = total[:, -1:]
-        *sums, amounts, frames = total.split([step.dim, step.dim, 2, 2], -1)
-        means = [part / (frames[..., n, None] + 0.5) for n, part in enumerate(sums)]
-        recalled = torch.tanh(step.recall(torch.cat([*means, torch.log1p(amounts)], -1).flatten(-2))).split(step.widths, -1)
-        present = [trust[..., n, None] * say(x) for n, (say, x) in enumerate(zip(step.present, states))]
-        return [x + step.gamma * (partner + past) for x, partner, past in zip(states, reversed(present), recalled)]
+        name = f"interaction.{s}"
+        said = [trust[..., n, None] * self._linear(f"{name}.value.{n}", x) for n, x in enumerate(states)]
+        x = np.concatenate([*said, trust, trust > 0], -1, dtype=np.float32)[:, :, None]
+        decays, total = np.array(step.decays, np.float32)[:, None], np.empty((*x.shape[:2], len(step.decays), x.shape[-1]), np.float32)
+        before = self.memory[name][:, 0] if name in self.memory else np.zeros_like(total[:, 0])
+        for t in range(x.shape[1]):
+            before = total[:, t] = decays * before + x[:, t]
+        self._next[name] = total[:, -1:].copy()
+        amounts, frames = total[..., 2 * step.dim : 2 * step.dim + 2], total[..., 2 * step.dim + 2 :]
+        means = [total[..., n * step.dim : (n + 1) * step.dim] / (frames[..., n, None] + np.float32(0.5)) for n in range(2)]
+        recalled = np.tanh(self._linear(f"{name}.recall", np.concatenate([*means, np.log1p(amounts)], -1).reshape(*x.shape[:2], -1)))
+        present = [trust[..., n, None] * self._linear(f"{name}.present.{n}", x) for n, x in enumerate(states)]
+        recalled = recalled[..., : step.widths[0]], recalled[..., step.widths[0] :]
+        return [x + self._weights[f"{name}.gamma"] * (partner + past) for x, partner, past in zip(states, reversed(present), recalled)]
 
-    def _estimate(self, visual: Tensor, audio: Tensor, cues: Tensor, ok: Tensor, everywhere: Tensor) -> SageOutput:
+    def _readouts(self, s: int, states: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.tanh(self._linear(f"readouts.maps.{s}.{m}", x)) for m, x in enumerate(states)], -2)
+
+    def _estimate(self, visual: np.ndarray, audio: np.ndarray, cues: np.ndarray, ok: np.ndarray, everywhere: np.ndarray) -> SageOutput:
         "As `SAGE.estimate`, in evaluation mode."
-        model, trust, states = self.model, None, ()
+        model, weights, trust, states = self.model, self._weights, None, []
+        if cues.shape[-1]:
+            there = np.stack([ok[..., 0], ok[..., 1], ok.all(-1), everywhere], -1)[..., self._owners]
+            cues = np.where(there, self._scale("cues", cues), np.float32(0))
         if model.branch.watches_states:
             states = self._represent(visual, audio, ok, cues)
-        watched = states
+        watched = tuple(states)
         log_var, reliability, centred = self._branch(cues, ok, states)
         if model.gated_input:
-            trust = model.confidence.gate(centred[..., 0], ok)
+            trust = self._gate(centred[..., 0], ok)
         states = states or self._represent(visual, audio, ok, cues, trust)
-        stages, readouts = [states], [model.readouts(states, 0)]
+        stages, readouts = [states], [self._readouts(0, states)]
         for s, step in enumerate(model.interaction):
-            states = self._step(f"step {s}", step, states, model.confidence.gate(centred[..., s], ok) if model.gated_messages else ok.to(cues.dtype))
+            states = self._step(s, step, states, self._gate(centred[..., s], ok) if model.gated_messages else ok.astype(np.float32))
             stages.append(states)
-            readouts.append(model.readouts(states, s + 1))
-        readouts, weights = torch.stack(readouts, -2), model.confidence(centred, ok)
-        fused = [sum(weights[..., m, s, None] * stages[s][m] for s in range(model.stages)) for m in range(2)]
+            readouts.append(self._readouts(s + 1, states))
+        readouts, shares = np.stack(readouts, -2), self._confidence(centred, ok)
+        fused = [sum(shares[..., m, s, None] * stages[s][m] for s in range(model.stages)) for m in range(2)]
         if model.fusion == "sum":
-            fused = [sum(into(x) for into, x in zip(model.common, fused))]
-        z = torch.cat([*fused, weights.flatten(-2)], -1)
+            fused = [sum(self._linear(f"common.{m}", x) for m, x in enumerate(fused))]
+        z = np.concatenate([*fused, shares.reshape(*shares.shape[:2], -1)], -1)
         if model.fusion == "decision":
-            va = (weights[..., None] * readouts).sum((2, 3)) / weights.sum((2, 3)).clamp(min=1e-6)[..., None]
+            va = (shares[..., None] * readouts).sum((2, 3)) / np.maximum(shares.sum((2, 3)), np.float32(1e-6))[..., None]
         else:
-            va = model.head(z)
-        seen = self._after("seen", ok, 1).cummax(1).values[:, 1:]
+            va = np.tanh(self._linear("head.out", _gelu(self._linear("head.hidden", z))))
+        seen = np.logical_or.accumulate(self._after("seen", ok, 1), 1)[:, 1:]
         self._next["seen"] = seen[:, -1:]
         for missing in range(2):
-            va = torch.where(seen[..., missing, None] | ~seen[..., 1 - missing, None], va, _louder(va, model.alone[missing]))
-        bound = (1.01 - va.square()).log()
-        raw = bound - torch.log1p(F.softplus(model.kappa(z)))
-        final = torch.minimum(model.slope * raw + model.shift, bound)
-        return SageOutput(va, final, raw, model.quantile * (final / 2).exp(), reliability, weights, readouts,
-                          model.branch.calibrated(log_var), log_var, ok, everywhere, cues, tuple(watched))
+            alone = ~seen[..., missing] & seen[..., 1 - missing]
+            if alone.any():
+                louder = np.tanh(weights["alone"][missing] * np.arctanh(np.clip(va, -0.999, 0.999)))
+                va = np.where(alone[..., None], louder, va)
+        bound = np.log(np.float32(1.01) - va * va)
+        raw = bound - np.log1p(_softplus(self._linear("kappa.2", _gelu(self._linear("kappa.0", z)))))
+        final = np.minimum(weights["slope"] * raw + weights["shift"], bound)
+        calibrated = weights["branch.slope"] * log_var + weights["branch.shift"]
+        return SageOutput(va, final, raw, weights["quantile"] * np.exp(final / 2), reliability, shares, readouts, calibrated, log_var, ok, everywhere, cues, watched)
 
 # %% ../nbs/23_streaming.ipynb #f94f2482
 class _Sound:
@@ -426,9 +494,7 @@ class Stream:
         sizes = self._sage.model.front.dim
         audio, audible = self._embed(frame) if heard else (np.zeros(sizes["audio"], np.float32), False)
         visual = frame["seen"] if found else np.zeros(sizes["visual"], np.float32)
-        device = next(self._sage.model.parameters()).device
-        inputs = (torch.tensor(np.asarray(x)[None, None], device=device) for x in (visual, audio, found, audible, np.array(cues, np.float32)))
-        output = self._sage(*inputs)
+        output = self._sage(*(np.asarray(x)[None, None] for x in (visual, audio, found, audible, np.array(cues, np.float32))))
         (valence, arousal), widths = output.va[0, 0].tolist(), output.half_width[0, 0].tolist()
         row = dict(frame=number + 1, time=frame["time"], valence=valence, arousal=arousal)
         for name, value, width in zip(("valence", "arousal"), (valence, arousal), widths):
@@ -468,16 +534,16 @@ class Stream:
 
 def _pack(value, arrays: dict[str, np.ndarray]):
     "A value as JSON holds it; arrays go to `arrays`. Of an object, what changes."
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, np.ndarray):
         name = f"{len(arrays):04d}"
-        arrays[name] = value.cpu().numpy() if isinstance(value, Tensor) else value
-        return {"tensor" if isinstance(value, Tensor) else "array": name}
+        arrays[name] = value
+        return {"array": name}
     if isinstance(value, dict):
         return {"dict": {name: _pack(part, arrays) for name, part in value.items()}}
     if isinstance(value, list | tuple):
         return [_pack(part, arrays) for part in value]
     if hasattr(value, "__dict__"):
-        return {"object": {name: _pack(part, arrays) for name, part in vars(value).items() if name not in ("model", "detector", "_next")}}
+        return {"object": {name: _pack(part, arrays) for name, part in vars(value).items() if name not in ("model", "detector", "_weights", "_owners", "_next")}}
     return value
 
 
@@ -488,8 +554,6 @@ def _unpack(packed, arrays: dict[str, np.ndarray], like=None):
     if not isinstance(packed, dict):
         return packed
     [(kind, content)] = packed.items()
-    if kind == "tensor":
-        return torch.tensor(arrays[content])  # a copy, aligned as torch wants it
     if kind == "array":
         return arrays[content].copy()
     if kind == "dict":
@@ -546,9 +610,9 @@ def measure_stream(
         try:
             with quiet():
                 for _ in range(rounds):
-                    stream, spent, costs = Stream(*networks, 30.0), 0.0, []
+                    stream, pictures, rest, spent = Stream(*networks, 30.0), [], [], 0.0
                     for kind, data, moment in replay(video):
-                        if len(costs) >= frames:
+                        if len(rest) >= frames:
                             break
                         if kind == "picture":
                             square = cv2.resize(data, (360, 360), interpolation=cv2.INTER_CUBIC)
@@ -556,11 +620,15 @@ def measure_stream(
                         start = time.thread_time()
                         stream.push_picture(data, moment) if kind == "picture" else stream.push_sound(data, moment)
                         rows = stream.ready()
-                        spent += time.thread_time() - start
+                        cost = time.thread_time() - start
+                        if kind == "picture":
+                            pictures.append(cost)
+                        else:
+                            spent += cost
                         if rows:
-                            costs += [1e3 * spent / len(rows)] * len(rows)
+                            rest += [spent / len(rows)] * len(rows)
                             spent = 0.0
-                    taken.append(costs)
+                    taken.append([1e3 * sum(both) for both in zip(pictures, rest)])
         finally:
             cv2.setNumThreads(threads)
     best = np.min(taken, 0)[warm:]

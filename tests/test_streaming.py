@@ -51,10 +51,10 @@ def test_any_cut_of_the_features_gives_what_the_whole_gives(options):
     while at < frames:
         step = int(rng.choice([1, 1, 2, 7, 64, 300]))
         said.append(stream(*(x[:, at : at + step] for x in given)))
-        sizes.append(sum(x.numel() for x in stream.memory.values()))
+        sizes.append(sum(x.size for x in stream.memory.values()))
         at += step
     for name in ("va", "log_var", "raw_log_var", "half_width", "reliability", "weights", "readouts", "readout_log_var", "raw_readout_log_var"):
-        assert (torch.cat([getattr(part, name) for part in said], 1) - getattr(whole, name)).abs().max() < 1e-5, name
+        assert np.abs(np.concatenate([getattr(part, name) for part in said], 1) - getattr(whole, name).numpy()).max() < 1e-5, name
     assert len(set(sizes)) == 1
 
 
@@ -65,9 +65,9 @@ def test_what_a_stream_remembers_matters():
     stream(*(x[:, :300] for x in given))
     for name, value in stream.memory.items():
         one, other = SageStream(model), SageStream(model)
-        one.memory, other.memory = dict(stream.memory), stream.memory | {name: torch.zeros_like(value)}
+        one.memory, other.memory = dict(stream.memory), stream.memory | {name: np.zeros_like(value)}
         rest = [x[:, 300:] for x in given]
-        assert not torch.equal(one(*rest).log_var, other(*rest).log_var) or name == "seen", name
+        assert not np.array_equal(one(*rest).log_var, other(*rest).log_var) or name == "seen", name
 
 
 # --- from raw video on
