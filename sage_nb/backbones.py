@@ -318,7 +318,7 @@ class Published(NamedTuple):
     lineage: str  # whether the lineage uses it
 
 
-ENCODERS: dict[str, dict[str, Published]] = {
+ENCODERS: dict[str, dict[str, Published]] = {  # kind, visual or audio -> name in params.yaml -> what it stands for
     "visual": {
         "small": Published(VisualEncoder, 64, "48 px", "made by stage pretrain", "no, ours"),
         "ir50": Published(_ir50, 512, "centre 40 of 48 px, or 112 of 128 px (option side)",

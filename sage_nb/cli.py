@@ -211,6 +211,9 @@ def predict(
                 _write(table, paths[0], dict(zip(kinds[1:], paths[1:])), video)
                 seen, heard = (f"{100 * table[column].mean():.0f} %" for column in ("face_found", "voice_heard"))
                 print(f"{printable(video)}: {len(table):,} frames, face found in {seen}, voice heard in {heard}: {printable(', '.join(map(str, paths)))}", flush=True)
+            there = sorted(path for kind in kinds for path in Path(out).glob(f"{glob.escape(names[video])}_face[0-9]*{kind}"))
+            if old := [str(path) for path in there if faces == "all" and path not in made]:
+                print(f"sage-nb: {printable(', '.join(old))}: not of this prediction, which found fewer people; an earlier one may have left it", file=sys.stderr)
         except DataError as error:
             wrong.append(str(error))
             print(f"sage-nb: {printable(error)}", file=sys.stderr)

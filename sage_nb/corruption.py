@@ -79,7 +79,7 @@ class Family(NamedTuple):
     unit: str  # of the strengths
 
 
-FAMILIES = {
+FAMILIES = {  # name -> where it is applied, to what, whether SAGE may train on it, strengths by severity
     "occlusion": Family("media", "visual", True, (0.2, 0.4, 0.6), "share of the face box behind an object"),
     "blur": Family("media", "visual", True, (0.04, 0.08, 0.16), "standard deviation of the Gaussian, in widths of the face box"),
     "darkness": Family("media", "visual", False, (0.4, 0.2, 0.1), "gain, after a gamma of 1.5"),

@@ -28,7 +28,8 @@ from .windows import Batch, training_batches
 
 # %% auto #0
 __all__ = ['FORMS', 'REPEATS', 'count_parameters', 'multiply_adds', 'made_up_batch', 'time_step', 'time_frame', 'quiet',
-           'measure', 'bars', 'bench_text', 'write_bench', 'measure_extraction', 'extraction_text', 'write_extraction']
+           'measure', 'bars', 'bench_text', 'processor_name', 'write_bench', 'measure_extraction', 'extraction_text',
+           'write_extraction']
 
 # %% ../nbs/19_efficiency.ipynb #2ff81a58
 def count_parameters(model: Estimator) -> tuple[int, int]:  # all; those of fusion and head, that is without the front end
@@ -211,7 +212,7 @@ def bench_text(
     return "\n".join(text) + "\n"
 
 # %% ../nbs/19_efficiency.ipynb #45e8aa93
-def _processor() -> str:
+def processor_name() -> str:
     "The processor's name, as the system gives it."
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
@@ -224,7 +225,7 @@ def write_bench(
 ) -> dict:  # the record
     "Measure and write the record: rows, bars, and what they were measured with."
     rows = measure(**options)
-    record = dict(processor=_processor(), torch=torch.__version__, threads=1, repeats=options.get("repeats") or REPEATS,
+    record = dict(processor=processor_name(), torch=torch.__version__, threads=1, repeats=options.get("repeats") or REPEATS,
                   batch=options.get("batch", 8), frames=options.get("frames", 300), visual_dim=options.get("visual_dim", 512),
                   audio_dim=options.get("audio_dim", 128), rows=rows, bars=bars(rows))
     write_json(path, record)
@@ -492,9 +493,9 @@ def extraction_text(
     "The record as a plain table, and what was left out."
     lines = [("", "value", "from", "bar", "")]
     for row in record["rows"]:
-        unit = "MB" if row["unit"] == "MB" else "frames/s"
-        lines.append((row["name"], f"{row['value']:,.{0 if abs(row['value']) >= 10 else 2}f} {row['unit'] if unit == 'MB' else ''}".rstrip(),
-                      "{:,.0f} and {:,.0f} ".format(*row["sides"]) + unit, row["bar"] or "", "" if row["met"] is None else "met" if row["met"] else "MISSED"))
+        ratio = row["unit"].startswith("×")
+        lines.append((row["name"], f"{row['value']:,.{0 if abs(row['value']) >= 10 else 2}f} {'' if ratio else row['unit']}".rstrip(),
+                      "{:,.0f} and {:,.0f} ".format(*row["sides"]) + ("frames/s" if ratio else row["unit"]), row["bar"] or "", "" if row["met"] is None else "met" if row["met"] else "MISSED"))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.rjust(w) if i in (1, 2) else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
     return "\n".join(text + [f"left out: {what}" for what in record["left_out"]]) + "\n"
@@ -507,6 +508,6 @@ def write_extraction(
 ) -> dict:  # the record
     "Measure and write the record: rows, what was left out, and the machine."
     rows, left_out = measure_extraction(corpus, **options)
-    record = dict(processor=_processor(), cores=cores(), torch=torch.__version__, rows=rows, left_out=left_out)
+    record = dict(processor=processor_name(), cores=cores(), torch=torch.__version__, rows=rows, left_out=left_out)
     write_json(path, record)
     return record

@@ -564,6 +564,7 @@ def _said(evidence: Evidence, runs: pd.DataFrame, first: pd.DataFrame, part: str
     return np.stack(said)
 
 
+# columns of the comparison
 COMPARISON = ["model", "configuration", "seeds", "ccc_valence", "ccc_arousal", "p", "p_std", "p_low", "p_high", "sage_gain", "sage_gain_low",
               "sage_gain_high", "p_value", "p_holm", "verdict", "dev_p", "parameters", "p_video", "p_window", "p_within", "p_between", "window", "p_smoothed"]
 

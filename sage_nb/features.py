@@ -18,8 +18,9 @@ from .encoders import AUDIO_RATE, HEARD, embed_sound, sound_blocks, sound_level,
 from .media import read_trial
 
 # %% auto #0
-__all__ = ['CUES', 'CUE_OWNERS', 'each_trial', 'prepare_corpus', 'read_prepared', 'make_encoders', 'observation_cues',
-           'encode_pictures', 'encode_trial', 'load_encoders', 'encode_corpus', 'load_sequences', 'load_sequence']
+__all__ = ['CUES', 'CUE_OWNERS', 'each_trial', 'prepare_corpus', 'read_prepared', 'make_encoders', 'RunningMean', 'picture_cues',
+           'spectral_shape', 'noise_floor', 'windowed_correlation', 'observation_cues', 'encode_pictures',
+           'encode_trial', 'load_encoders', 'encode_corpus', 'load_sequences', 'load_sequence']
 
 # %% ../nbs/09_features.ipynb #8f45c470
 def _from(folder: str, function: Callable, task: tuple) -> None:
@@ -125,18 +126,27 @@ def make_encoders(
     parallel_map(_make_encoder, tasks, 2, "encoders")
 
 # %% ../nbs/09_features.ipynb #67555ce5
+# columns of the cues, in their order; the table of the notebook says what each is
 CUES = ["sharpness", "brightness", "score", "change", "upper", "lower", "level", "snr", "peak", "timbre", "synchrony"]
 CUE_OWNERS = "vVvvvvaaaab"  # what each is about: v = sight, a = sound, b = both; a capital: of the scene, not of a person (see interaction)
 
 
-class _RunningMean:
+class RunningMean:
     "Mean of the past observed values, the plain mean at first, forgetting later."
 
-    def __init__(self, rate: float, seconds: float = 10.0):
+    def __init__(
+        self,
+        rate: float,  # frames a second
+        seconds: float = 10.0,  # after which the plain mean becomes one that forgets, with this time constant
+    ):
         self.mean, self.weight, self.most = 0.0, 0.0, seconds * rate
 
-    def follow(self, values: np.ndarray, ok: np.ndarray) -> np.ndarray:
-        "[T, D] -> [T, D]; the next frames, of which those that are `ok` [T] are observed."
+    def follow(
+        self,
+        values: np.ndarray,  # [T, D], of the next frames
+        ok: np.ndarray,  # [T] bool: which of them are observed
+    ) -> np.ndarray:  # [T, D]
+        "The mean up to each of the next frames, that frame with it."
         out = np.empty_like(values)
         for t in range(len(values)):
             if ok[t]:
@@ -146,8 +156,12 @@ class _RunningMean:
         return out
 
 
-def _looks(crops: np.ndarray, ok: np.ndarray, coarse_mean: _RunningMean) -> np.ndarray:
-    "[T, S, S, 3] -> [T, 6]: sharpness, brightness, change, change of the upper and of the lower half, how dark the mouth is."
+def picture_cues(
+    crops: np.ndarray,  # [T, S, S, 3] uint8, the next frames
+    ok: np.ndarray,  # [T] bool: where there is a face
+    coarse_mean: RunningMean,  # of the coarse colours so far; goes on
+) -> np.ndarray:  # [T, 6]
+    "Sharpness, brightness, change, change of the upper and of the lower half, how dark the mouth is."
     size = crops.shape[1]
     grey = np.stack([cv2.cvtColor(c, cv2.COLOR_RGB2GRAY) for c in crops]).astype(np.float32)
     sharpness = np.array([np.log(cv2.Laplacian(g, cv2.CV_32F).var() + 1) for g in grey])
@@ -160,8 +174,13 @@ def _looks(crops: np.ndarray, ok: np.ndarray, coarse_mean: _RunningMean) -> np.n
     return np.stack([sharpness, grey.mean((1, 2)) / 255, change.mean(1), upper, lower, mouth], 1)
 
 
-def _spectral_shape(sound: np.ndarray, moments: np.ndarray, bands: int = 12, width: int = 1024) -> np.ndarray:
-    "[T, bands] dB: spectrum around each moment in bands of equal width in log frequency, less its mean over the bands."
+def spectral_shape(
+    sound: np.ndarray,  # [N] samples at 16 kHz
+    moments: np.ndarray,  # [T] seconds from the first sample
+    bands: int = 12,  # from 100 Hz to 7 kHz
+    width: int = 1024,  # samples around a moment
+) -> np.ndarray:  # [T, bands] dB
+    "Spectrum around each moment in bands of equal width in log frequency, less its mean over the bands."
     frequency, edges = np.fft.rfftfreq(width, 1 / AUDIO_RATE), np.geomspace(100, 7000, bands + 1)
     member = (frequency[:, None] >= edges[:-1]) & (frequency[:, None] < edges[1:])
     begins = np.rint(moments * AUDIO_RATE).astype(int) + width // 2  # in the padded sound
@@ -179,12 +198,16 @@ def _timbre(shape: np.ndarray, heard: np.ndarray, rate: float, smooth: float = 0
 
     weight = around(heard.astype(float))[:, None]
     mean = around(shape * heard[:, None]) / np.maximum(weight, 1e-9)
-    distance = np.sqrt(((mean - _RunningMean(rate, 20.0).follow(mean, heard)) ** 2).mean(1))
+    distance = np.sqrt(((mean - RunningMean(rate, 20.0).follow(mean, heard)) ** 2).mean(1))
     return np.where(weight[:, 0] > 0, distance, np.nan)
 
 
-def _noise_floor(level: np.ndarray, rate: float, rise: float = 3.0) -> np.ndarray:
-    "[T] dB -> [T] dB: follows the level down at once and up by `rise` dB a second."
+def noise_floor(
+    level: np.ndarray,  # [T] dB
+    rate: float,  # frames a second
+    rise: float = 3.0,  # dB a second
+) -> np.ndarray:  # [T] dB
+    "Follows the level down at once and up slowly."
     out, floor = np.empty_like(level), level[0] if len(level) else 0.0
     for t, value in enumerate(level):
         floor = min(value, floor + rise / rate)
@@ -192,8 +215,14 @@ def _noise_floor(level: np.ndarray, rate: float, rise: float = 3.0) -> np.ndarra
     return out
 
 
-def _synchrony(a: np.ndarray, b: np.ndarray, weight: np.ndarray, rate: float, seconds: float = 0.4) -> np.ndarray:
-    "[T]: correlation of `a` and `b` under a Gaussian window, over frames with `weight`; 0 where nothing is seen."
+def windowed_correlation(
+    a: np.ndarray,  # [T]
+    b: np.ndarray,  # [T]
+    weight: np.ndarray,  # [T] of the frames; 0: not observed
+    rate: float,  # frames a second
+    seconds: float = 0.4,  # standard deviation of the window, which ends after two of them
+) -> np.ndarray:  # [T]
+    "Correlation of two series under a Gaussian window around each frame; 0 where nothing is observed."
     def mean(x):
         return gaussian_filter1d(x * weight, seconds * rate, truncate=2) / norm
 
@@ -209,8 +238,8 @@ def observation_cues(
     "Describe the observation of every frame."
     crops, ok, times = trial["crops"], trial["visual_ok"], trial["time"]
     rate = 1 / max(float(np.median(np.diff(times))), 1e-3) if len(times) > 1 else 25.0
-    coarse_mean, block = _RunningMean(rate), 1024
-    looks = [_looks(crops[at : at + block], ok[at : at + block], coarse_mean) for at in range(0, len(times), block)]
+    coarse_mean, block = RunningMean(rate), 1024
+    looks = [picture_cues(crops[at : at + block], ok[at : at + block], coarse_mean) for at in range(0, len(times), block)]
     sharpness, brightness, change, upper, lower, mouth = np.concatenate(looks).T
     visual = np.stack([sharpness, brightness, trial["score"], change, upper, lower], 1)
 
@@ -221,10 +250,10 @@ def observation_cues(
         piece, within = sound[begin:end], moments[part] - begin / AUDIO_RATE
         begins = (within * AUDIO_RATE - 800).astype(int)
         peaks[part] = [np.abs(piece[max(a, 0) : max(a + 1600, 0)]).max(initial=0.0) for a in begins]
-        shape[part] = _spectral_shape(piece, within)
+        shape[part] = spectral_shape(piece, within)
     timbre = _timbre(shape, heard & (level > HEARD), rate)
-    audio = np.stack([level, level - _noise_floor(level, rate), (20 * np.log10(peaks + 1e-6) - level).clip(0, 30), timbre], 1)
-    synchrony = _synchrony(mouth.astype(np.float32), level / 20, (ok & heard).astype(float), rate)
+    audio = np.stack([level, level - noise_floor(level, rate), (20 * np.log10(peaks + 1e-6) - level).clip(0, 30), timbre], 1)
+    synchrony = windowed_correlation(mouth.astype(np.float32), level / 20, (ok & heard).astype(float), rate)
     seen = [np.where(mask[:, None], x, np.nan) for x, mask in ((visual, ok), (audio, heard), (synchrony[:, None], ok & heard))]
     return np.concatenate(seen, 1).astype(np.float32)
 

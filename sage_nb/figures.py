@@ -28,13 +28,14 @@ __all__ = ['PAGE', 'BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'VERMILI
 
 # %% ../nbs/21_figures.ipynb #15062b47
 PAGE = 7.1  # inches
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (  # one of the eight colours of Okabe and Ito, which colour-blind readers tell apart
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 COLOURS = {"visual": GREEN, "audio": PURPLE, "concat": ORANGE, "sage": BLUE}  # of models and of modalities
 MODEL_LINES = {"visual": ":", "audio": "-.", "concat": "--", "sage": "-"}
 STAGE_LINES = ("-", "--", ":", "-.")
 STAGE_MARKERS = "osD^"
-STAGE_COLOURS = (BLUE, ORANGE, BLACK, PURPLE)
+STAGE_COLOURS = (BLUE, ORANGE, BLACK, PURPLE)  # of the stages of reliability, in their order
+# matplotlib's settings for every figure: sizes in points for a page of two columns, svg files whose bytes repeat
 STYLE = {"font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
          "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
          "lines.linewidth": 1.1, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,

@@ -18,8 +18,8 @@ from .affwild2 import (Clock, Crops, Trial, check_complete, open_video, orientat
 from .core import DataError, Rows
 
 # %% auto #0
-__all__ = ['Frame', 'read_frames', 'Sound', 'read_sound', 'Cascade', 'YuNet', 'Face', 'FaceFinder', 'face_finder', 'crop_face',
-           'read_crops', 'whole_box', 'read_trial', 'look_closely']
+__all__ = ['Frame', 'read_frames', 'Sound', 'read_sound', 'Cascade', 'YuNet', 'Face', 'Track', 'FaceFinder', 'face_finder',
+           'crop_face', 'read_crops', 'whole_box', 'read_trial', 'look_closely']
 
 # %% ../nbs/03_media.ipynb #d6c93723
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _peak(
     return 0.5 * (left - right) / bend if bend < 0 else 0.0
 
 
-class _Track:
+class Track:
     "One face, followed from picture to picture."
 
     correlation = 0.6  # least correlation with the face when it was last detected
@@ -242,7 +242,11 @@ class _Track:
         self.box = self.template = None  # last known place [x, y, width, height]; the face at its last detection
         self.found, self.missing = False, 0  # and for how many pictures it has not been found
 
-    def follow(self, small: np.ndarray, scale: float) -> float:
+    def follow(
+        self,
+        small: np.ndarray,  # [h, w] uint8, a picture in grey
+        scale: float,  # its pixels per pixel of the boxes
+    ) -> float:
         "Move the box to where the template fits best near it; the correlation there, 0 if it does not fit."
         if self.template is None:
             return 0.0
@@ -267,7 +271,13 @@ class _Track:
         self.box[:2] = (offset + (left, top) + size / 2) / scale - self.box[2:] / 2
         return min(float(best), 1.0)
 
-    def take(self, box: np.ndarray, small: np.ndarray, scale: float, followed: bool) -> bool:
+    def take(
+        self,
+        box: np.ndarray,  # [4] x, y, width, height, detected
+        small: np.ndarray,  # [h, w] uint8, a picture in grey
+        scale: float,  # its pixels per pixel of the boxes
+        followed: bool,  # whether `follow` has found the face in this picture
+    ) -> bool:  # whether it is there
         "Be at a detected box, corrected by it if followed there; not if there is nothing to follow."
         if self._cut(small, box * scale).std() < self.contrast:
             return False
@@ -276,10 +286,14 @@ class _Track:
         return True
 
     def seen(self, found: bool) -> None:
+        "Note whether the face was found in this picture."
         self.found, self.missing = found, 0 if found else self.missing + 1
 
-    def away(self, boxes: np.ndarray) -> np.ndarray:
-        "Distance of boxes [N, 4] from the last known place, in its widths."
+    def away(
+        self,
+        boxes: np.ndarray,  # [N, 4] x, y, width, height
+    ) -> np.ndarray:  # [N]
+        "Distance of boxes from the last known place, in its widths."
         return np.linalg.norm(boxes[:, :2] + boxes[:, 2:] / 2 - self.box[:2] - self.box[2:] / 2, axis=1) / self.box[2]
 
     @staticmethod
@@ -308,7 +322,7 @@ class FaceFinder:
         self.detect_every, self.side, self.several, self.smallest = detect_every, side, several, smallest
         self.detector = detector or Cascade(max(120, round(24 / smallest)))
         self._tracking_side = max(60, round(12 / smallest))  # faces are followed in the picture with its shorter side at so many pixels
-        self._person, self._others = _Track(), []
+        self._person, self._others = Track(), []
         self._astray = 0  # detections in a row that saw the face on the wrong side of others
         self._interval, self._pause = 1, 0  # pictures between detections, and until the next
 
@@ -357,7 +371,7 @@ class FaceFinder:
             least, most = 0.7 * person.box[2], 1.4 * person.box[2]
         boxes, scores = self.detector(image, least, most)
         if followed and self._is_astray(boxes, width):
-            person = self._person = _Track()
+            person = self._person = Track()
             self._others, self._astray, followed, score = [], 0, False, 0.0
         mine = self._not_of_others(boxes, small, scale, followed)
         allowed = mine.copy()
@@ -376,7 +390,7 @@ class FaceFinder:
         if self.several and (followed or chosen is not None):  # nobody is somebody else before the person has been seen
             for index in np.flatnonzero(mine & (away >= 0.5) if person.box is not None else mine):
                 if index != chosen:
-                    other = _Track()
+                    other = Track()
                     if other.take(boxes[index], small, scale, followed=False):
                         self._others.append(other)
         return score if chosen is None else float(scores[chosen])

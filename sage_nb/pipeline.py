@@ -14,8 +14,8 @@ from .core import DataError
 # %% auto #0
 __all__ = ['GIVEN', 'WORKERS', 'TOLERANCE', 'GAIN_TOLERANCE', 'RECORDS', 'read_params', 'read_stages', 'notebook_parameters',
            'stage_parameters', 'is_sample', 'check_params', 'imported_modules', 'import_closure', 'provenance',
-           'execute', 'PeakMemory', 'run_stage', 'write_sources', 'launch_dvc', 'fetch_sample', 'repro',
-           'table_differences', 'verify', 'render_readme', 'write_readme', 'bench', 'main']
+           'execute', 'PeakMemory', 'run_stage', 'write_sources', 'fetch_sample', 'repro', 'table_differences',
+           'verify', 'render_readme', 'write_readme', 'bench', 'main']
 
 # %% ../nbs/28_pipeline.ipynb #7e4120c4
 def read_params(
@@ -415,7 +415,7 @@ def write_sources(
             core.write_json(folder / path.name, dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
 
 # %% ../nbs/28_pipeline.ipynb #a5a70d69
-def launch_dvc(
+def _launch_dvc(
     root: Path,
     arguments: list[str],  # of dvc
 ) -> None:
@@ -668,6 +668,7 @@ def bench(
     "Measure, print what was found, and write the records. A bar that is missed is only told."
     from sage_nb.efficiency import bench_text, extraction_text, write_bench, write_extraction
     from sage_nb.predict import measure_prediction, write_prediction
+    from sage_nb.streaming import measure_stream
 
     (root / ".work").mkdir(exist_ok=True)
     for name in [part] if part else RECORDS:
@@ -675,7 +676,7 @@ def bench(
         if name == "models":
             print(bench_text(write_bench(path)), end="")
         elif name == "prediction":
-            print(extraction_text(write_prediction(path, measure_prediction(root / ".work"))), end="")
+            print(extraction_text(write_prediction(path, [*measure_prediction(root / ".work"), *measure_stream()])), end="")
         else:
             corpus = root / read_params(root).get("paths", {}).get("corpus", "data/corpus")
             own = corpus.is_dir() and is_sample(root, {"corpus": str(corpus)})
@@ -715,7 +716,7 @@ def main(
         elif given.command == "bench":
             bench(root, given.part)
         elif given.command == "dvc":
-            launch_dvc(root, given.rest)
+            _launch_dvc(root, given.rest)
         elif given.command == "readme":
             return write_readme(root, given.check)
         else:

@@ -15,19 +15,19 @@ from torch import nn
 from .affwild2 import video_info
 from .baselines import build_model
 from .core import MODALITIES, DataError, Prediction, Rows, Sequence, content_hash, cores, progress, read_json, whole, write_json
-from .efficiency import _processor
+from .efficiency import processor_name
 from .encoders import AUDIO_RATE, HEARD, AudioEncoder, VisualEncoder
 from .evaluation import AXES
 from .features import CUE_OWNERS, CUES, encode_trial, load_encoders
 from .figures import BLUE, COLOURS, PAGE, new_figure, styled
 from .interaction import Estimator
-from .media import FaceFinder, _Track, crop_face, face_finder, read_frames, read_sound
+from .media import FaceFinder, Track, crop_face, face_finder, read_frames, read_sound
 from .sample import draw_face, draw_look, write_video
 from .training import load_run, predict_sequences
 
 # %% auto #0
-__all__ = ['COLUMNS', 'Origin', 'read_origin', 'Everybody', 'watch', 'PredictionTable', 'make_table', 'Predictor',
-           'measure_prediction', 'write_prediction']
+__all__ = ['COLUMNS', 'Origin', 'read_origin', 'Everybody', 'watch', 'PredictionTable', 'Predictor', 'measure_prediction',
+           'write_prediction']
 
 # %% ../nbs/22_predict.ipynb #9be585bc
 _SEARCH = ("detect_every", "face_model", "several_faces", "smallest_face")  # of the parameters of stage prepare
@@ -126,7 +126,7 @@ class _Sightings:
         return dict(crops=crops, box=box, score=score, visual_ok=ok)
 
 # %% ../nbs/22_predict.ipynb #0f6aca70
-class _Person(_Track):
+class _Person(Track):
     "A track of somebody, or of nobody yet."
 
     def __init__(self, number: int, picture: int):
@@ -249,6 +249,7 @@ def watch(
     return [dict(frame=np.arange(1, len(time) + 1, dtype=np.int32), time=time, **person, **heard, **unlabelled) for person in seen]
 
 # %% ../nbs/22_predict.ipynb #92fbbbc7
+# of a table, in this order; the notebook says what each is
 COLUMNS = ("frame", "time", "valence", "arousal", "valence_low", "valence_high", "arousal_low", "arousal_high", "reliability_visual", "reliability_audio",
            "face_found", "voice_heard", "face_x", "face_y", "face_width", "face_height")
 
@@ -317,7 +318,7 @@ class PredictionTable(pd.DataFrame):
                 f'<img alt="valence, arousal and reliability over time" style="max-width: 100%" src="data:image/png;base64,{image}">{rows}')
 
 
-def make_table(
+def _make_table(
     prediction: Prediction,
     trial: dict,  # as from `media.read_trial`; T frames
     features: dict,  # of it, from `features.encode_trial`
@@ -422,7 +423,7 @@ class Predictor:
             features = encode_trial(trial, self.visual, self.audio, self.origin.half, scratch)
         names = ["visual", "audio", "va", "visual_ok", "audio_ok", "valid", *["cues"] * (self.model.recipe["cue_dim"] > 0)]
         sequence = Sequence(id=Path(about["video"]).stem, **{name: features[name] for name in names})
-        return make_table(predict_sequences(self.model, [sequence])[0], trial, features, about)
+        return _make_table(predict_sequences(self.model, [sequence])[0], trial, features, about)
 
 # %% ../nbs/22_predict.ipynb #8144ffa8
 def _call(path: Path, seconds: float, faces: int) -> None:
@@ -475,9 +476,9 @@ def measure_prediction(
 
 def write_prediction(
     path: str | Path,  # a `.json` file
-    rows: list[dict],  # what was measured, as from `measure_prediction`
+    rows: list[dict],  # what was measured, as from `measure_prediction` and `streaming.measure_stream`
 ) -> dict:  # the record
     "Write what was measured, and the machine."
-    record = dict(processor=_processor(), cores=cores(), torch=torch.__version__, rows=rows, left_out=[])
+    record = dict(processor=processor_name(), cores=cores(), torch=torch.__version__, rows=rows, left_out=[])
     write_json(path, record)
     return record

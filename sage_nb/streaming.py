@@ -16,9 +16,9 @@ from .baselines import build_model
 from .core import MODALITIES, DataError, read_arrays, write_arrays
 from .efficiency import quiet
 from .encoders import AUDIO_RATE, EMBEDDING_STEP, HEARD, AudioEncoder, VisualEncoder, sound_blocks
-from .features import CUE_OWNERS, CUES, _looks, _noise_floor, _RunningMean, _spectral_shape, _synchrony
+from .features import CUE_OWNERS, CUES, picture_cues, noise_floor, RunningMean, spectral_shape, windowed_correlation
 from .interaction import InteractionStep, TemporalConv
-from .media import _Track, crop_face, face_finder, read_frames, read_sound
+from .media import Track, crop_face, face_finder, read_frames, read_sound
 from .sage import SAGE, SageOutput
 from .sample import make_sample
 
@@ -330,7 +330,7 @@ class Stream:
         self.options = dict(rate=float(rate), wait=float(wait), crop_size=crop_size, **search)
         self._finder = face_finder(**search)
         self._long, self._short = (int(2 * seconds * rate + 0.5) for seconds in (_LONG, _SHORT))  # frames to either side, as the filter counts them
-        self._coarse, self._timbre, self._floor = _RunningMean(rate), _RunningMean(rate, 20.0), None
+        self._coarse, self._timbre, self._floor = RunningMean(rate), RunningMean(rate, 20.0), None
         self._sound = _Sound()
         self._narrow, self._wide = _Blocks(0.1, 30.0), _Blocks(self.encoders[1].margin, self.encoders[1].chunk)  # for cues, for embeddings
         self._frames, self._gone = [], 0  # frames that are still looked at, and how many came before them
@@ -362,7 +362,7 @@ class Stream:
             visual, crop = self.encoders[0], crop_face(image, face.box, self.options["crop_size"])
             with torch.inference_mode():
                 seen = visual(torch.from_numpy(crop[None]).to(next(visual.parameters()).device)).cpu().numpy()[0]
-            *looks, mouth = _looks(crop[None], np.ones(1, bool), self._coarse)[0].tolist()
+            *looks, mouth = picture_cues(crop[None], np.ones(1, bool), self._coarse)[0].tolist()
             looks.insert(2, face.score)  # sharpness, brightness, score, change, upper, lower
             frame.update(found=True, mouth=mouth, box=np.array(face.box, np.float32).tolist(), seen=seen, looks=looks)
         self._frames.append(frame)
@@ -443,8 +443,8 @@ class Stream:
             low = int(within * AUDIO_RATE - 800)
             peak = np.abs(sound.cut(begin + max(low, 0), begin + max(low + 1600, 0))).max(initial=0)
             middle = begin + int(np.rint(within * AUDIO_RATE))
-            shape = _spectral_shape(sound.cut(middle - 512, middle + 512), np.array([512 / AUDIO_RATE]))[0]
-        self._floor = float(_noise_floor(np.array([level if self._floor is None else self._floor, level]), self.options["rate"])[1])
+            shape = spectral_shape(sound.cut(middle - 512, middle + 512), np.array([512 / AUDIO_RATE]))[0]
+        self._floor = float(noise_floor(np.array([level if self._floor is None else self._floor, level]), self.options["rate"])[1])
         heard = sound.covers(frame["time"])
         frame.update(heard=heard, voiced=heard and level > HEARD, level=level, shape=shape,
                      loud=[level, level - self._floor, float((20 * np.log10(peak + 1e-6) - level).clip(0, 30))])
@@ -465,14 +465,14 @@ class Stream:
         return float(np.sqrt(((mean - usual) ** 2).mean())) if weight > 0 else np.nan
 
     def _synchrony_at(self, number: int) -> float:
-        "As `features._synchrony`; before the first frame and after the last the others are mirrored."
+        "As `features.windowed_correlation`; before the first frame and after the last the others are mirrored."
         count = self._pictures if self._finished else 1 << 40
         places = [n % (2 * count) for n in range(number - self._long, number + self._long + 1)]
         frames = [self._frame(min(n, 2 * count - 1 - n)) for n in places]
         mouth = np.array([frame["mouth"] for frame in frames], np.float32)
         level = np.array([frame["level"] for frame in frames])
         both = np.array([frame["found"] and frame["heard"] for frame in frames], float)
-        return float(_synchrony(mouth, level / 20, both, self.options["rate"])[self._long])
+        return float(windowed_correlation(mouth, level / 20, both, self.options["rate"])[self._long])
 
     def _embed(self, frame: dict) -> tuple[np.ndarray, bool]:  # [Da], and whether there is sound
         audio, moment, margin = self.encoders[1], frame["moment"], self._wide.margin
@@ -558,7 +558,7 @@ def _unpack(packed, arrays: dict[str, np.ndarray], like=None):
         return arrays[content].copy()
     if kind == "dict":
         return {name: _unpack(part, arrays) for name, part in content.items()}
-    like = _Track() if like is None else like  # the only objects in lists are other faces
+    like = Track() if like is None else like  # the only objects in lists are other faces
     for name, part in content.items():
         setattr(like, name, _unpack(part, arrays, getattr(like, name)))
     return like
@@ -573,7 +573,7 @@ def _fingerprint(*networks: nn.Module) -> str:
 
 # %% ../nbs/23_streaming.ipynb #dac4e142
 def replay(
-    video: str | Path,
+    video: str | Path,  # a file
     piece: float = 0.02,  # seconds of sound that come at once
 ) -> Iterator[tuple[str, np.ndarray, float]]:  # "picture" or "sound"; [H, W, 3] or samples [N] at 16 kHz; time of the picture or of the first sample
     "Pictures and sound of a file as they would have come. A damaged file raises `DataError`."

@@ -19,9 +19,8 @@ __all__ = ['CONVENTIONS', 'PUBLISHED', 'PUBLISHED_CAPTION', 'LOSS', 'QUESTIONS',
            'ablation_caption', 'calibration_texts', 'calibration_caption', 'detection_texts', 'detection_caption',
            'reliability_means', 'reliability_texts', 'reliability_caption', 'efficiency_table', 'efficiency_texts',
            'efficiency_caption', 'published', 'robustness_table', 'robustness_texts', 'robustness_caption',
-           'losses_texts', 'losses_caption', 'missing_texts', 'missing_caption', 'for_comparison',
-           'comparison_criteria', 'claims', 'claims_texts', 'claims_caption', 'write_tables', 'write_conditions',
-           'control_criteria', 'replication_texts', 'write_replication']
+           'losses_texts', 'losses_caption', 'missing_texts', 'missing_caption', 'comparison_criteria', 'claims',
+           'claims_caption', 'write_tables', 'write_conditions', 'control_criteria', 'write_replication']
 
 # %% ../nbs/20_tables.ipynb #847a0037
 def number(
@@ -157,6 +156,7 @@ def comparison_texts(
         "SAGE − row": measured(table, "sage_gain"), "p (Holm)": table.p_holm.map(p_text), "verdict": [word or "–" for word in table.verdict]})
 
 
+# columns of the table of conventions: P by every way in which papers compute it
 CONVENTIONS = ["model", "configuration", "parameters", "dev_p", "p", "p_video", "p_window", "p_within", "p_between", "window", "p_smoothed"]
 
 
@@ -291,6 +291,7 @@ def efficiency_caption(record: dict) -> str:
             "not those of the sample corpus.")
 
 # %% ../nbs/20_tables.ipynb #bf4fad6c
+# results of others on Aff-Wild2, a row a method
 PUBLISHED = """\
 year | method | modalities | validation valence | validation arousal | validation mean | test valence | test arousal | test mean | source
 2022 | ABAW3 baseline | V | 0.31 | 0.17 | 0.24 | – | – | – | quoted in arXiv 2203.14779
@@ -312,7 +313,7 @@ def published() -> pd.DataFrame:  # texts
     return pd.DataFrame(rows, columns=heads)
 
 
-PUBLISHED_CAPTION = (
+PUBLISHED_CAPTION = (  # of the table of `PUBLISHED`
     "CCC that others report on Aff-Wild2, each confirmed at its source; “mean” is that of valence and arousal. On another corpus than every other table here, "
     "and not comparable with them. Validation and test differ in difficulty; most entries were selected on the validation set that they report, with post-processing and outside "
     "data of their own; sets differ between years. V: visual, A: audio, T: text.")
@@ -386,7 +387,7 @@ def _criterion(criterion: str, value: float, wanted: str, met: bool | None, low:
     return dict(criterion=criterion, measured=value, low=low, high=high, wanted=wanted, met=None if met is None else bool(met))
 
 
-def for_comparison(
+def _for_comparison(
     variants: pd.DataFrame,  # from `variant_differences`
 ) -> list[dict]:  # as a criterion has them; nothing is wanted, and met is missing
     "What a variant of SAGE gains over the concatenations: no criterion."
@@ -434,7 +435,7 @@ def claims(
     variants: pd.DataFrame = pd.DataFrame(),  # from `variant_differences`
 ) -> pd.DataFrame:  # criterion, measured, low, high, wanted, met (missing: no criterion)
     "Every criterion against what was measured; `low` and `high` are the 95 % interval where there is one."
-    rows = comparison_criteria(compared) + for_comparison(variants)
+    rows = comparison_criteria(compared) + _for_comparison(variants)
 
     def add(*criterion):
         rows.append(_criterion(*criterion))
@@ -460,7 +461,7 @@ def claims(
     return pd.DataFrame(rows, columns=["criterion", "measured", "low", "high", "wanted", "met"]).astype({"met": "boolean"})
 
 
-def claims_texts(
+def _claims_texts(
     table: pd.DataFrame,  # from `claims`
 ) -> pd.DataFrame:
     "Formatted cells."
@@ -544,7 +545,7 @@ def write_tables(
     table = published()
     publish("published", table, table, PUBLISHED_CAPTION, lambda row, column: runs_of(), ["year", "method"], 3, "published sources")
     table = claims(compared, detected, calibrated, losses, missing, bars, variant_differences(found, CONCATENATIONS, "equal", resamples, seed))
-    publish("claims", table, claims_texts(table), claims_caption(found), lambda row, column: found.runs[found.runs.kind == "comparison"], ["criterion"])
+    publish("claims", table, _claims_texts(table), claims_caption(found), lambda row, column: found.runs[found.runs.kind == "comparison"], ["criterion"])
     return tables
 
 # %% ../nbs/20_tables.ipynb #ca067318
@@ -582,7 +583,7 @@ def control_criteria(
                        row.sage_gain_low, row.sage_gain_high) for row in _baselines(compared).itertuples() if row.model in CONCATENATIONS]
 
 
-def replication_texts(
+def _replication_texts(
     table: pd.DataFrame,  # rows of `comparison`, with a column corpus
 ) -> pd.DataFrame:
     "Formatted cells; the best model of each corpus is marked with `**`."
@@ -593,6 +594,7 @@ def replication_texts(
         "p": [number(p) if pd.isna(p) else p_text(p) for p in table.p_value], "p (Holm)": table.p_holm.map(p_text), "verdict": [word or "–" for word in table.verdict]}, dtype=object)
 
 
+# columns of the comparison on other corpora
 REPLICATED = ["corpus", "model", "configuration", "seeds", "p", "p_std", "p_low", "p_high", "sage_gain", "sage_gain_low", "sage_gain_high", "p_value", "p_holm", "verdict"]
 
 
@@ -614,7 +616,7 @@ def write_replication(
         table = comparison(found, resamples, seed)
         table = table[table.seeds > 0].assign(corpus=corpus)[REPLICATED]
         rows = (comparison_criteria if sample["nuisances"] else control_criteria)(table)
-        more = for_comparison(variant_differences(found, CONCATENATIONS, "equal", resamples, seed))
+        more = _for_comparison(variant_differences(found, CONCATENATIONS, "equal", resamples, seed))
         if not rows:
             raise DataError(f"{found.folder}: no run of SAGE and of a concatenation, so there is nothing to judge; name both in params.yaml")
         met = sum(row["met"] for row in rows)
@@ -634,8 +636,8 @@ def write_replication(
                      f"{corpora} Score, interval, difference and p as in the comparison, {resamples} draws; p is corrected by Holm over the trained baselines of the corpus."),
         verdicts=(f"The same criteria on other corpora. {corpora} With nuisances: those of the comparison; without, where both modalities always inform: P of SAGE less that of each "
                   f"concatenation, its lower end above −{COST:g}. 95 % intervals: percentile bootstrap over groups, {resamples} draws."))
-    texts = dict(replication=replication_texts(tables["replication"]),
-                 verdicts=pd.concat([tables["verdicts"][["corpus"]], claims_texts(tables["verdicts"])], axis=1))
+    texts = dict(replication=_replication_texts(tables["replication"]),
+                 verdicts=pd.concat([tables["verdicts"][["corpus"]], _claims_texts(tables["verdicts"])], axis=1))
     for name, table in tables.items():
         write_formats(Path(out) / name, table, texts[name], captions[name], words=3)
         write_provenance(Path(out) / name, captions[name], records, {"replication": cells, "verdicts": judged_cells}[name], provenance)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sage_nb import conditions
-from sage_nb.conditions import PROBES, gated, measure_conditions, side_file_only, telling
+from sage_nb.conditions import PROBES, gated, measure_conditions, side_file_only, telling, voice_and_arousal
 from sage_nb.core import Sequence, read_json, write_arrays, write_json
 from sage_nb.sample import AUDIO_NUISANCES, PHASES, VISUAL_NUISANCES
 from sage_nb.tables import write_conditions
@@ -77,11 +77,13 @@ def test_where_a_modality_should_tell_and_where_it_should_not():
 
 def test_every_condition_is_measured(corpus):
     torch.set_num_threads(1)
-    table = measure(corpus)
+    table = measure_conditions(corpus / "store", corpus / "prepared", corpus / "truth", corpus / "out", [0], workers=1, epochs=2, window=40)
     assert np.isfinite(table.value).all() and list(table.columns) == ["condition", "value", "least", "most", "met"]
     assert (table.met == ((table.least <= table.value) & (table.value <= table.most))).all()
     value = table.set_index("condition").value
     assert value["face found where no visual nuisance is (share of frames)"] == 1  # the two frames without a face lie under a nuisance
+    voice = voice_and_arousal((corpus / "prepared/dev0.safetensors", TRUTH))  # one of three clips
+    assert voice.corr().loc["arousal"].min() > 0.5 and voice.mean().abs().max() < 1e-6 and len(voice) < len(TRUTH)
     assert value[[name for name in value.index if name.startswith(("pitch", "level"))]].min() > 0.5
     results = {path.stem: read_json(path) for path in (corpus / "out").iterdir()}
     assert set(results) == {f"{probe.replace(' ', '_')}-0" for probe in PROBES}

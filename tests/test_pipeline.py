@@ -17,7 +17,7 @@ from clusters import wait_for
 from conftest import ROOT, commit, environment, pipeline
 
 from sage_nb.core import DataError
-from sage_nb.pipeline import check_params, run_stage, write_sources
+from sage_nb.pipeline import check_params, execute, repro, run_stage, write_sources
 
 PARAMS = dict(paths=dict(corpus="data/corpus", truth="data/truth", items="work/items", results="results"),
               make=dict(count=6, scale=2.0, pause=0.0), report=dict(title="squares"))
@@ -143,6 +143,22 @@ def test_second_repro_has_nothing_to_do(built):
     assert (built / "results/tables/table.csv").read_text() == "title,total\nsquares,36.0\n"
     again = pipeline(built, "repro")
     assert again.returncode == 0 and "Nothing to do: every stage is up to date." in again.stdout
+
+
+def test_repro_of_some_stages_is_a_call(copied, capfd):
+    set_params(copied, make=dict(count=7), report=dict(title="cubes"))
+    assert repro(copied, stages=["make"]) == 0
+    said = capfd.readouterr().out
+    assert "made 6" in said and (copied / "work/items/6.json").is_file() and "squares" in (copied / "results/tables/table.csv").read_text()
+
+
+def test_a_notebook_is_run_with_parameters_and_its_copy_kept_whatever_happens(tmp_path):
+    notebook(tmp_path / "toy.ipynb", "count = 1", "from sage_nb import core\nif count > 2:\n    raise core.DataError('too many; take two')\nprint(count * 21)")
+    done = execute(tmp_path / "toy.ipynb", tmp_path / "copies/toy.ipynb", dict(count=2), tmp_path)
+    assert "42" in json.dumps(done.cells[-1].outputs)
+    with pytest.raises(DataError, match="too many; take two"):
+        execute(tmp_path / "toy.ipynb", tmp_path / "copies/toy.ipynb", dict(count=3), tmp_path)
+    assert "too many" in (tmp_path / "copies/toy.ipynb").read_text()
 
 
 def test_two_runs_give_identical_bytes(built, project):

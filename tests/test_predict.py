@@ -14,7 +14,7 @@ from conftest import ROOT, environment
 from sage_nb.affwild2 import Corpus
 from sage_nb.backbones import save_encoder
 from sage_nb.baselines import build_model
-from sage_nb.cli import main
+from sage_nb.cli import main, predict
 from sage_nb.core import DataError, content_hash, read_json, write_arrays, write_json
 from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.features import CUE_OWNERS, CUES, encode_corpus, load_sequence, prepare_corpus
@@ -372,7 +372,9 @@ def test_nothing_is_written_over(desk, capsys):
     assert main(["predict", "talk.mp4", "two.mp4"]) == 2
     told = capsys.readouterr().err
     assert told.count("is there already") == told.count("\n") == 2 and (desk / "talk.csv").read_bytes() == (desk / "two_face1.csv").read_bytes() == b"mine"
+    (desk / "talk_face3.csv").write_bytes(b"mine")
     assert main(["predict", "talk.mp4", "--force"]) == 0 and (desk / "talk.csv").read_bytes() == before
+    assert capsys.readouterr().err.startswith("sage-nb: talk_face3.csv: not of this prediction") and (desk / "talk_face3.csv").read_bytes() == b"mine"
     (desk / "two_face1.mp4").write_bytes((desk / "talk.mp4").read_bytes())
     assert main(["predict", "two.mp4", "two_face1.mp4", "--out", "out", "--force"]) == 2  # two videos, one name for a table
     assert files(desk / "out") == ["two_face1.csv", "two_face2.csv"] and len(pd.read_csv(desk / "out/two_face1.csv")) == 75
@@ -389,6 +391,8 @@ def test_a_broken_video_is_named_and_the_others_go_on(desk, capsys):
 
 
 def test_without_a_run_there_is_one_sentence(desk, capsys):
+    with pytest.raises(DataError, match="make repro"):
+        predict(["talk.mp4"], run="work/runs/none-0", out="out")
     assert main(["predict", "talk.mp4", "--run", "work/runs/none-0", "--out", "out"]) == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and "make repro" in told.err and not told.out and not (desk / "out").exists()

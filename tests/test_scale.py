@@ -179,7 +179,7 @@ def test_extraction_in_blocks_is_extraction_in_one_piece(tmp_path, three_minutes
 
 def test_cues_of_pictures_in_blocks_are_those_in_one_piece(three_minutes):
     ok = three_minutes["visual_ok"]
-    at_once = features._looks(three_minutes["crops"], ok, features._RunningMean(30 / 1.001))
+    at_once = features.picture_cues(three_minutes["crops"], ok, features.RunningMean(30 / 1.001))
     cues = observation_cues(three_minutes)
     named = [features.CUES.index(name) for name in ("sharpness", "brightness", "change", "upper", "lower")]
     np.testing.assert_allclose(cues[ok][:, named], at_once[ok, :5], rtol=0, atol=1e-4)

@@ -18,7 +18,7 @@ from corpora import archive, jpg
 from sage_nb.affwild2 import Corpus, check_submission, read_test_list, write_submission
 from sage_nb.backbones import save_encoder
 from sage_nb.baselines import build_model
-from sage_nb.cli import main
+from sage_nb.cli import check_submitted, main
 from sage_nb.core import DataError, read_json, write_json
 from sage_nb.encoders import AudioEncoder, VisualEncoder
 from sage_nb.features import CUES, encode_corpus, load_sequences, prepare_corpus
@@ -286,6 +286,8 @@ def test_the_command_ends_with_2(tmp_path, asked):
     shutil.move(asked, corpus / "list.txt")
     for name, content in {"bad\nname.txt": text(LOCATIONS[1:]), "binary.txt": "\x1b[31m" + text()}.items():
         (tmp_path / name).write_text(content)
+        with pytest.raises(DataError):
+            check_submitted(tmp_path / name, corpus)
         done = submit("--check", tmp_path / name, "--corpus", corpus)
         refused(done, "differs from" if "bad" in name else "not the header")
         assert "\x1b" not in done.stderr
