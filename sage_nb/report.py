@@ -73,6 +73,11 @@ def _grouped(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
+def _signed(value: float) -> str:
+    "A difference."
+    return f"{'+' * (value > 0)}{number(value)}"
+
+
 class Results:
     "The tables and figures of one results folder, and a note of every number that was taken from them."
 
@@ -129,7 +134,7 @@ class Results:
     def gain(self, name: str, row: str, column: str, low: str | None = None, high: str | None = None) -> str:
         "The difference in a `column` of a `row` with its sign, and its interval from `low` to `high`, which are columns of a similar name unless given."
         ends = self.ends(name, row, low or f"{column}_low", high or f"{column}_high")
-        return self.n(name, row, column, lambda value: f"{'+' * (value > 0)}{number(value)}") + f" {ends}"
+        return self.n(name, row, column, _signed) + f" {ends}"
 
     def text(self, name: str, row: str, column: str) -> str:
         "The cell in a `column` of a `row` as it stands in the csv."
@@ -298,20 +303,20 @@ def _claim(r: Results) -> str:
     if best:
         tiles.append((f"SAGE less the best baseline ({model_label(table.values.at[best, 'model'])})", r.gain("comparison", best, "sage_gain").split(" [")[0],
                       r.ends("comparison", best, "sage_gain_low", "sage_gain_high")))
-    tiles.append(("of the intervals meant to hold nine in ten hold the truth", r.n("calibration", "estimate, both", "coverage_after"),
+    tiles.append(("share of the labels inside intervals meant to hold nine in ten", r.n("calibration", "estimate, both", "coverage_after"),
                   r.ends("calibration", "estimate, both", "coverage_after_low", "coverage_after_high")))
     boxes = "".join(f'<div class="tile"><b>{value}</b><i>{ends}</i><span>{label}</span></div>' for label, value, ends in tiles)
     return _section("claim", "The claim", f"""
 <p>How does somebody feel, from moment to moment, as far as face and voice tell? <em>Valence</em> (unpleasant to pleasant) and <em>arousal</em> (calm to excited)
 are estimated for every frame of a video. The two modalities are not equally good witnesses at every moment: a hand covers the mouth, somebody else talks, the light changes.</p>
-<p>SAGE {_CITE} starts from a gap: others model temporal dynamics and overlook that <em>the reliability of a modality varies across the stages of their interaction</em> {_PAPER}.
+<p>SAGE ({_CITE}) starts from a gap: others model temporal dynamics and overlook that <em>the reliability of a modality varies across the stages of their interaction</em> {_PAPER}.
 It explicitly estimates and calibrates a confidence for each modality {_PAPER}, rebalances audio and visual representations by their stage-dependent informativeness,
 so that an unreliable signal cannot dominate {_PAPER}, and keeps the estimation of reliability apart from the representation {_PAPER}.
 Only the abstract could be obtained. Equations, sizes, training and what a <em>stage</em> is are therefore a reconstruction {_OURS}: here a stage is a state of the two
 modalities before or after a step of their interaction, and reliability is estimated for each modality, stage and frame.</p>
 <p class="outcome">{outcome}</p>
 <div class="tiles">{boxes}</div>
-<p class="note">Numbers are links: each leads to the cell of the table that it was read in, to the runs behind it and to the hashes of data and code.
+<p class="note">Numbers are links: each leads to its entry at the end, with the cell of the table that it was read in and the runs behind it, and from there to the hashes of data and code.
 Brackets hold intervals from a bootstrap over people, of the level that the captions name.</p>
 """)
 
@@ -351,7 +356,7 @@ def _under(base: str, low: str) -> str:
 def _called(name: str, low: str = "") -> str:
     "A function that is called by a word, with an index if it has one."
     word = f"<mi>{name}</mi>"
-    return (f"<msub>{word}<mrow>{_mi(low)}</mrow></msub>" if low else word) + "<mo>\u2061</mo>"
+    return _THIN + (f"<msub>{word}<mrow>{_mi(low)}</mrow></msub>" if low else word) + "<mo>\u2061</mo>"
 
 
 def _median(low: str) -> str:
@@ -359,7 +364,7 @@ def _median(low: str) -> str:
     return f"<msub><mover><mi>e</mi><mo>¯</mo></mover><mrow>{_mi(low)}</mrow></msub>"
 
 
-_THEN = "<mo>,</mo><mspace width='1.6em'/>"
+_THIN, _THEN = "<mspace width='.17em'/>", "<mo>,</mo><mspace width='1.6em'/>"
 _SIGMA0, _SIGMA = _both("σ", "0,k", "2"), _both("σ", "msk", "2")
 _X_OWN, _X_OTHER = _both("x", "m", "s"), _both("x", "n", "s")
 _CCC = _math("<mi>CCC</mi>", "=", _frac("<mn>2</mn>" + _sub("s", "xy"), _both("s", "x", "2") + "<mo>+</mo>" + _both("s", "y", "2") + "<mo>+</mo><msup><mrow>"
@@ -369,7 +374,7 @@ _STEP = _math(_both("x", "m", "s+1"), "=", _X_OWN, "+", _sub("γ", "s"), "(", _s
 _EVIDENCE = _math(_sub("e", "ms"), "=", "<mo>⟨</mo>", _frac("<mn>1</mn>", "<mn>2</mn>"), _under("∑", "k"), _called("log"), _called("max"), "(",
                 _frac(_SIGMA0, _SIGMA), "−1,ε", ")", "<mo>⟩</mo>", _THEN, _sub("r", "ms"), "=", _frac(_both("σ", "0", "2"), _both("σ", "0", "2") + _mi("+") + _both("σ", "ms", "2")), block=True)
 _WEIGHTS = _math(_sub("a", "m"), "=", "2", _called("softmax", "m"), "(", "α", "(", _sub("e", "m0"), "−", _median("m0"), ")",
-               "+", _called("log"), _sub("o", "m"), ")", _THEN, _sub("W", "ms"), "=", _sub("a", "m"), _called("softmax", "s"), "(",
+               "+", _called("log"), _THIN, _sub("o", "m"), ")", _THEN, _sub("W", "ms"), "=", _sub("a", "m"), _called("softmax", "s"), "(",
                "<msup><mi>α</mi><mo>′</mo></msup>", "(", _sub("e", "ms"), "−", _median("ms"), ")", ")", block=True)
 _FUSED = _math("z", "=", "[", _under("∑", "s"), _sub("W", "vs"), _both("x", "v", "s"), "<mo>;</mo>", _under("∑", "s"), _sub("W", "as"), _both("x", "a", "s"), "<mo>;</mo>", "W", "]", block=True)
 _VARIANCE = _math("<msup><mi>σ</mi><mn>2</mn></msup>", "=", _frac("<mn>1</mn><mo>−</mo><msup><mi>μ</mi><mn>2</mn></msup><mo>+</mo><mn>0.01</mn>", "<mn>1</mn><mo>+</mo><mi>softplus</mi><mo>\u2061</mo><mo>(</mo><mi>κ</mi><mo>)</mo>"),
@@ -386,7 +391,7 @@ def _path(kind: str, *points: tuple[float, float]) -> str:
 
 
 def _letter(name: str, low: str, high: str = "") -> str:
-    return f'<tspan font-style="italic">{name}</tspan><tspan dy="4" font-size="10">{low}</tspan>' + (f'<tspan dy="-11" dx="-{6.5 * len(low):g}" font-size="10">{high}</tspan><tspan dy="7">\u200b</tspan>' if high else '<tspan dy="-4">\u200b</tspan>')
+    return f'<tspan font-style="italic">{name}</tspan><tspan dy="5" font-size="10">{low}</tspan>' + (f'<tspan dy="-13" dx="-{6.5 * len(low):g}" font-size="10">{high}</tspan><tspan dy="8">\u200b</tspan>' if high else '<tspan dy="-5">\u200b</tspan>')
 
 
 def _mark(x: float, y: float, sign: str, kind: str) -> str:
@@ -399,8 +404,8 @@ def _drawing() -> str:
     parts = ['<rect class="band" x="4" y="330" width="972" height="150" rx="12"/>',
              '<text class="trust-text" x="962" y="470" text-anchor="end">reliability, estimated apart from the representation</text>']
     for y, modality, name in ((v, "visual", "face"), (a, "audio", "voice")):
-        parts += [_box(10, y - 24, 70, 48, "plain", name), _box(104, y - 28, 100, 56, "frozen", f"{modality} encoder", "(frozen)"),
-                  _box(226, y - 28, 84, 56, modality, "front end", "(TCN)"), _path("flow", (80, y), (104, y)), _path("flow", (204, y), (226, y)), _path("flow", (310, y), (346, y)),
+        parts += [_box(10, y - 24, 60, 48, "plain", name), _box(104, y - 28, 100, 56, "frozen", f"{modality} encoder", "(frozen)"),
+                  _box(226, y - 28, 84, 56, modality, "front end", "(TCN)"), _path("flow", (70, y), (104, y)), _path("flow", (204, y), (226, y)), _path("flow", (310, y), (346, y)),
                   _box(346, y - 24, 64, 48, modality, _letter("x", modality[0], "0")), _path("flow", (410, y), (542, y)), _path("flow", (562, y), (610, y)),
                   _box(610, y - 24, 64, 48, modality, _letter("x", modality[0], "s")), _path("flow", (674, y), (716, y)), _mark(552, y, "+", "sum")]
     parts += ['<rect class="stage" x="334" y="16" width="88" height="240" rx="10"/>', '<text x="378" y="141">stage 0</text>',
@@ -413,14 +418,14 @@ def _drawing() -> str:
               _box(862, v - 24, 112, 48, "plain", "head", "valence, arousal"), _path("flow", (834, v), (862, v)),
               _box(862, 112, 112, 48, "plain", "variance " + '<tspan font-style="italic">σ</tspan><tspan dy="-5" font-size="10">2</tspan><tspan dy="5">\u200b</tspan>', "calibrated"), _path("stopped", (834, 136), (862, 136)),
               _box(862, a - 24, 112, 48, "plain", "conformal", "interval"), _path("stopped", (918, 160), (918, a - 24))]
-    parts += [_path("flow", (94, v), (94, 372), (134, 372)), _path("flow", (90, a), (90, 438), (134, 438)),
-              '<circle class="dot" cx="94" cy="66" r="3"/><circle class="dot" cx="90" cy="206" r="3"/>',
+    parts += [_path("flow", (89, v), (89, 372), (134, 372)), _path("flow", (79, a), (79, 438), (134, 438)),
+              '<circle class="dot" cx="89" cy="66" r="3"/><circle class="dot" cx="79" cy="206" r="3"/>',
               _box(134, 350, 104, 44, "visual", "visual cues"), _box(134, 416, 104, 44, "audio", "audio cues"),
               _box(268, 350, 92, 44, "trust", "visual judge"), _box(268, 416, 92, 44, "trust", "audio judge"), _path("flow", (238, 372), (268, 372)), _path("flow", (238, 438), (268, 438)),
-              _box(398, 350, 116, 110, "trust", "error variance", _letter("σ", "ms", "2"), "calibrated on", "other people"), _path("flow", (360, 372), (398, 372)), _path("flow", (360, 438), (398, 438)),
+              _box(398, 350, 116, 110, "trust", _letter("σ", "ms", "2"), "error variance", "calibrated on", "other people"), _path("flow", (360, 372), (398, 372)), _path("flow", (360, 438), (398, 438)),
               _box(556, 350, 118, 44, "trust", "evidence " + _letter("e", "ms")), _box(556, 416, 118, 44, "trust", "reliability " + _letter("r", "ms")),
               _path("stopped", (514, 372), (556, 372)), _path("stopped", (514, 438), (556, 438)),
-              _box(716, 350, 118, 44, "trust", "trust " + _letter("a", "m"), "weights " + _letter("W", "ms")), _path("gate", (674, 372), (716, 372)), _path("gate", (674, 438), (716, 438)),
+              _box(716, 350, 118, 44, "trust", "trust " + _letter("a", "m"), "weights " + _letter("W", "ms")), _path("gate", (674, 372), (716, 372)), _path("stopped", (674, 438), (716, 438)),
               '<text x="724" y="443" text-anchor="start">reported with the estimate</text>',
               _path("gate", (775, 350), (775, 256)), _path("gate-line", (745, 350), (745, 306), (450, 306), (450, 92)), _path("gate", (450, 92), (484, 92)), _path("gate", (450, 180), (484, 180)),
               '<circle class="gate-dot" cx="450" cy="180" r="3"/>']
@@ -459,7 +464,7 @@ def _method(r: Results) -> str:
 <figcaption><p><b>SAGE as reconstructed here.</b> Above, what represents, interacts and fuses; below, what judges. Trust acts at two places: on what one modality tells the other, and on how loudly
 each speaks in the fusion. Drawn by code, of no data. {_OURS}</p><p class="files">made in {_notebook(r, "27_report")} · the same at greater length: {_notebook(r, "11_sage")}</p></figcaption></figure>
 <h3>Representation</h3>
-<p>Each modality goes through a frozen encoder and a temporal convolutional network of its own; the lineage does so {_LINEAGE}, its sizes are not ours {_OURS}. Streams are indexed by original frame
+<p>Each modality goes through a frozen encoder and a temporal convolutional network of its own; the lineage does so too {_LINEAGE}, the sizes are our own {_OURS}. Streams are indexed by original frame
 number and masked where nothing was observed ({_notebook(r, "06_interaction")}, {_notebook(r, "04_encoders")}).</p>
 <h3>Interaction</h3>
 <p>The modalities speak to each other in recursive steps, and every state is kept {_LINEAGE}: those states are the <em>stages</em> {_OURS}. In place of attention over a fixed window stands a running joint
@@ -476,8 +481,8 @@ into the representation, which therefore cannot learn to look reliable. Variance
 <em>concatenation</em>. At equal confidence nothing is lost against plain concatenation; a missing modality ({_math(_sub("o", "m"))} zero) has no weight ({_notebook(r, "11_sage")}).</p>
 {_WEIGHTS}{_FUSED}
 <h3>Estimate, variance, interval</h3>
-<p>The head gives valence and arousal; a network that only watches gives their variance, bounded by the range. Its level is calibrated, and intervals are conformal, by person: <i>q</i> is what the error stays below for the promised
-share of a calibration person’s frames {_OURS}.</p>
+<p>The head gives valence and arousal; a network that only watches gives their variance, bounded by the range. Its level is calibrated, and intervals are conformal, by person: <i>q</i> is how many standard deviations
+the error stays within for the promised share of the frames of calibration people, each of whom counts the same {_OURS}.</p>
 {_VARIANCE}
 <h3>Training</h3>
 <p>The loss is concordance over all valid frames of a batch, with the squared error and the terms of readouts and branch beside it; every model of the comparison has the same front end, cues, corruption in training, loss of the estimate,
@@ -499,8 +504,8 @@ def _data(r: Results) -> str:
     verdict = (f"It meets all {r.count('conditions', met, 'met', 'met')}" if not missed else
                f"Of {r.count('conditions', met + missed, 'met', 'all')} it <b>misses {r.count('conditions', missed, 'met', 'not met')}</b>: {listed([r.link(row, 'conditions', row, 'condition') for row in missed])}")
     return _section("data", "The data", f"""
-<p>Aff-Wild2, the paper’s benchmark {_PAPER}, is given under a licence that lets nobody publish what is made of it. This report is of the {r.about("corpus")} {_OURS}: rendered talking faces and synthesised voices in Aff-Wild2’s layout and
-with its quirks, from raw video on. Valence and arousal are hidden processes. Who <em>speaks</em> has a busy mouth but a voice; who <em>listens</em> shows a face while the sound is somebody else’s; who <em>reacts</em> shows it all in the face.
+<p>Aff-Wild2, the paper’s benchmark {_PAPER}, is given to those who sign its licence, which covers what is made of it. This report is of the {r.about("corpus")} {_OURS}: rendered talking faces and synthesised voices in Aff-Wild2’s layout and
+with its quirks, from raw video on. Valence and arousal are hidden processes. Who <em>speaks</em> has a voice to be heard, but a mouth that is busy with words; who <em>listens</em> shows a face while the sound is somebody else’s; who <em>reacts</em> shows it all in the face.
 Nuisances come and go, and most of them mislead rather than only add noise: a hand over the mouth, a second face, light, babble with an affect of its own ({_notebook(r, "08_sample")}). Phases and nuisances are recorded for evaluation;
 no model that is reported has seen the record.</p>
 <p>{size}</p>
@@ -542,7 +547,7 @@ def _results(r: Results) -> str:
     if r.has("plane"):
         pictures.append(figure(r, "plane", "Where in the plane of valence and arousal the truth lies, where the estimates do, and who errs less where.",
                                "Four panels: density of truth, concatenation and SAGE in the plane of valence and arousal, and the difference of their errors by region."))
-    pictures.append(show(r, "conventions", "The same predictions by other conventions, which move scores more than models do; never to be mixed.", folded=True))
+    pictures.append(show(r, "conventions", "The same predictions by other conventions: other numbers, never to be mixed.", folded=True))
     return _section("results", "Results", *parts, "</p>", fair, *pictures)
 
 # %% ../nbs/27_report.ipynb #2e622d7c
@@ -556,15 +561,16 @@ def _ablations(r: Results) -> str:
 
     def named(case: int, sign: int) -> str:
         ordered = sorted(cases[case], key=lambda row: sign * table.value(row, "gain"))
-        return listed([f"{escape(table.values.at[row, 'changed'])} ({r.n('ablation', row, 'gain')})" for row in ordered])
+        return listed([f"{escape(table.values.at[row, 'changed'])} ({r.n('ablation', row, 'gain', _signed)})" for row in ordered])
 
     text = f"<p>Of {r.count('ablation', rows, 'gain', 'variants and ablations')} variants "
     text += (f"{r.count('ablation', cases[-1], 'gain', 'interval below 0')} score clearly below SAGE. What was changed, and the difference: {named(-1, 1)}.</p>" if cases[-1] else "none scores clearly below SAGE.</p>")
     text += f"<p>Clearly above it, which speaks against the choice that was made: {named(1, -1)}.</p>" if cases[1] else "<p>None scores clearly above it.</p>"
     if cases[0]:
-        text += f"<p>Not told apart from it, so of no proven use on this corpus: {named(0, 1)}.</p>"
-    text += ("<p>These intervals are not corrected for the number of rows" + (", and some rows rest on one seed" if min(table.value(row, "seeds") for row in rows) == 1 else "")
-             + ". They speak of these trained models on new people, not of another training.</p>")
+        text += f"<p>Not told apart from it, so that on this corpus the choice is of no proven use: {named(0, 1)}.</p>"
+    single = [row for row in rows if table.value(row, "seeds") == 1]
+    text += ("<p>These intervals are not corrected for the number of rows. They speak of these trained models on new people, not of another training"
+             + (f"; {r.count('ablation', single, 'seeds', 'variants of one seed')} of the variants were trained with one seed, and are set against SAGE of that seed.</p>" if single else ".</p>"))
     return _section("ablations", "Ablations", text, figure(r, "ablation", "What is lost or gained when one thing in SAGE is changed. Filled: the interval excludes zero.",
                                                         "Dots with intervals, one row a variant: mean concordance less that of SAGE, beside the score itself."), show(r, "ablation", "Every variant, in full."))
 
@@ -579,7 +585,7 @@ def _robustness(r: Results) -> str:
         own, above = scores.value("sage", column), [row for row in others if scores.value(row, column) >= scores.value("sage", column)]
         parts.append(f"over the corruptions {what} SAGE keeps a mean of {r.n('robustness', 'sage', column)}, "
                      + (f"more than each of the {r.count('robustness', others, column, 'models that are not SAGE')} others" if not above else f"less than {listed([model_label(row) for row in above])}"))
-    text = f"<p>Media were corrupted before the encoders, features in presence and timing, in three strengths each ({_notebook(r, '25_suite')}). Without corruption SAGE has {r.n('robustness', 'sage', 'clean')} on these seeds; {'; '.join(parts)}.</p>"
+    text = f"<p>Media were corrupted before the encoders, features in presence and timing, in three strengths each ({_notebook(r, '25_suite')}). Without corruption SAGE has {r.n('robustness', 'sage', 'clean')} on the seeds of this suite; {'; '.join(parts)}.</p>"
     pictures = [figure(r, "robustness", "Score against the severity of each corruption.", "One panel a corruption: mean concordance of the models against severity from none to strong."),
                 figure(r, "robustness_areas", "Area under each of these curves, for every model; colour is the difference to SAGE.", "A grid of numbers, models by corruptions, coloured by the difference to SAGE."),
                 show(r, "robustness", "Score under corruption, mean over severities with the clean set.", folded=True)]
@@ -599,7 +605,7 @@ def _robustness(r: Results) -> str:
         if hard:
             text += f"Of these, SAGE loses clearly less in {r.count('robustness_losses', cases[1], 'low', 'of these, interval above 0')}"
             text += f", clearly more in {r.count('robustness_losses', cases[-1], 'high', 'of these, interval below 0')} ({conditions(cases[-1])})" if cases[-1] else ", clearly more in none"
-            text += f", and about as much in {r.count('robustness_losses', cases[0], 'difference', 'of these, interval contains 0')} ({conditions(cases[0])}). " if cases[0] else ". "
+            text += f", and is not told apart in {r.count('robustness_losses', cases[0], 'difference', 'of these, interval contains 0')} ({conditions(cases[0])}). " if cases[0] else ". "
         rest = sum(easy.values(), [])
         if rest:
             text += (f"Of the {r.count('robustness_losses', rest, 'loss_other', 'the concatenation loses less than .05')} that cost the concatenation little, SAGE loses clearly more in "
@@ -610,10 +616,10 @@ def _robustness(r: Results) -> str:
     if r.has("robustness_missing"):
         table = r["robustness_missing"]
         words = {1: "more than", 0: "not told apart from", -1: "less than"}
-        told_ = [f"without {'sight' if missing == 'visual' else 'sound'} {r.n('robustness_missing', row, 'p')}, {words[told(table.value(row, 'low'), table.value(row, 'high'))]} the model of "
+        told_ = [f"{r.n('robustness_missing', row, 'p')} without {'sight' if missing == 'visual' else 'sound'}, {words[told(table.value(row, 'low'), table.value(row, 'high'))]} the model of "
                  f"{'sound' if missing == 'visual' else 'sight'} alone ({r.gain('robustness_missing', row, 'difference', 'low', 'high')})"
                  for row, missing in ((f"sage, {missing}", missing) for missing in ("visual", "audio")) if row in table.values.index]
-        text += f"<p>With one modality missing from end to end SAGE has {listed(told_)}.</p>" if told_ else ""
+        text += f"<p>With one modality missing from end to end, SAGE scores {listed(told_)}.</p>" if told_ else ""
         pictures.append(show(r, "robustness_missing", "One modality missing throughout, against the model of the other alone."))
     return _section("robustness", "Robustness", text, *pictures)
 
@@ -647,7 +653,7 @@ def _reliability(r: Results) -> str:
             return listed([f"{escape(table.values.at[row, 'kind'].replace('_', ' '))} in “{escape(table.values.at[row, 'task'])}” ({r.n('detection', row, column)})" for row in rows])
 
         text += (f"<p>How well does reliability before interaction rank good frames above bad ones? As areas under the ROC curve, beside a regression on presence flags and signal energy that was fitted on the truth:</p><ul>{''.join(items)}</ul>"
-                 f"<p>Taken one by one, reliability is <b>no better than chance</b> at {named(blind, 'auroc') if blind else 'none of the kinds'}, and clearly <b>worse than flags and energy</b> at {named(worse, 'gain') if worse else 'none'}.</p>")
+                 f"<p>Taken one by one, reliability is <b>not clearly better than chance</b> at {named(blind, 'auroc') if blind else 'none of the kinds'}, and clearly <b>worse than flags and energy</b> at {named(worse, 'gain') if worse else 'none'}.</p>")
         pictures += [figure(r, "detection", "How well reliability tells disturbed frames from others, beside flags and energy.", "Dots with intervals: area under the ROC curve of reliability and of flags and energy, one row a kind of disturbance."),
                      show(r, "detection", "Every question and every kind, in full.", folded=True)]
     else:
@@ -665,7 +671,7 @@ def _reliability(r: Results) -> str:
         phases = {name: f"phase, {name}" for name in ("speak", "listen", "react") if f"phase, {name}" in table.values.index}
         if len(phases) == 3:
             order = sorted(phases, key=lambda name: -_share(table, phases[name]))
-            text += f"By phase of the conversation, in undisturbed frames, it is largest when the subject {order[0]}s ({share(phases[order[0]])}), then when they {order[1]} ({share(phases[order[1]])}) and {order[2]} ({share(phases[order[2]])}): the second reading of “stage”. "
+            text += f"By phase of the conversation (another reading of “stage”), in undisturbed frames, sight’s share is largest when the subject {order[0]}s ({share(phases[order[0]])}), then when they {order[1]} ({share(phases[order[1]])}) and {order[2]} ({share(phases[order[2]])}). "
         text += "</p>"
     pictures += [figure(r, "reliability", "Who is trusted when: reliability and weight by phase of the conversation and by nuisance, at each stage.", "Dots by condition: mean reliability and mean fusion weight of sight and of sound at each stage."),
                  show(r, "reliability", "Means by condition, in full.", folded=True)]
@@ -677,7 +683,7 @@ def _calibration(r: Results) -> str:
     table, row = r["calibration"], "estimate, both"
     before, after = table.value(row, "ence_before"), table.value(row, "ence_after")
     low, high = table.value(row, "coverage_after_low"), table.value(row, "coverage_after_high")
-    cover = "which the interval allows to be the nine in ten that were promised" if low <= 0.9 <= high else "clearly more than the nine in ten that were promised" if low > 0.9 else "clearly fewer than the nine in ten that were promised"
+    cover = "not told apart from the nine in ten that were promised" if low <= 0.9 <= high else "clearly more than the nine in ten that were promised" if low > 0.9 else "clearly fewer than the nine in ten that were promised"
     rank = told(table.value(row, "rank_correlation_low"), table.value(row, "rank_correlation_high"))
     ranks = {1: "so it knows something of which frames are hard", 0: "not told apart from nothing: it states how large errors are, and <b>not which frames have them</b>", -1: "so it is <b>surer where it errs more</b>"}[rank]
     change = "" if pd.isna(before) else f" It {'falls' if after < before else 'does not fall'} by calibration: before, it was {r.n('calibration', row, 'ence_before')}."
@@ -741,7 +747,7 @@ def _criteria_section(r: Results) -> str:
 
 def _literature(r: Results) -> str:
     "What others report."
-    return _section("literature", "What others report on Aff-Wild2", "<p>For orientation, results of others, each read at its source and none of them measured here. They are of another corpus than everything above and <b>not comparable</b> with it; "
+    return _section("literature", "What others report on Aff-Wild2", "<p>For orientation, results of others, each with the source that it was read in, and none of them measured here. They are of another corpus than everything above and <b>not comparable</b> with it; "
                    "validation and test do not compare with each other either. SAGE has no row: its numbers are not in its abstract.</p>", show(r, "published", "Concordance that others report on Aff-Wild2."))
 
 # %% ../nbs/27_report.ipynb #70db86fb
@@ -756,9 +762,9 @@ def _limits(r: Results) -> str:
                    "<b>No score carries over.</b> Not to Aff-Wild2, not to people. A model trained on the sample is a demonstration."]
     else:
         points.append("<b>One corpus.</b> What holds on this one may be its own; and without known nuisances nobody can say whether reliability falls where it should.")
-    points.append(f"<b>Few trainings.</b> Scores are means over {r.n('comparison', 'sage, equal', 'seeds', _grouped)} seed{'s' * (r['comparison'].value('sage, equal', 'seeds') != 1)}; intervals are over people, for these trained models, and say little of another training.")
+    points.append(f"<b>Few trainings.</b> Scores of the comparison are means over {r.n('comparison', 'sage, equal', 'seeds', _grouped)} seed{'s' * (r['comparison'].value('sage, equal', 'seeds') != 1)}; intervals are over people, for these trained models, and say little of another training.")
     if blunt:
-        points.append("<b>Which frames are hard.</b> The variance of the estimate is right in size, if it is, without knowing single frames (<a href='#calibration'>calibration</a>).")
+        points.append("<b>Which frames are hard.</b> The variance of the estimate says how large errors are on the whole, and not which frames have them (<a href='#calibration'>calibration</a>).")
     if missed:
         points.append(f"<b>Criteria missed.</b> {r.count('claims', missed, 'met', 'not met')} of our own (<a href='#criteria'>above</a>).")
     return _section("limits", "Limits", f"<ul>{''.join(f'<li>{point}</li>' for point in points)}</ul>")
@@ -823,7 +829,7 @@ def _appendix(r: Results, stages: dict[str, dict]) -> str:
                      f'<pre>{escape(json.dumps(record["parameters"], sort_keys=True, ensure_ascii=False))}</pre><p>Code and environment</p><ul>{code}</ul></details>\n')
     told = (f"Stages of the pipeline behind these tables and figures, with hashes of what each has read and of its code. <code>make repro</code> runs them, <code>make verify</code> compares their results with what is committed "
             f"({_notebook(r, '28_pipeline')})." if stages else "These results were not made by the pipeline, so no chain of stages stands behind them.")
-    return _section("provenance", "Where every number comes from", "<p>Each link in the text leads here. A run’s own record (options, settings, seed, fingerprint) is in the provenance file of its table.</p>", *parts,
+    return _section("provenance", "Where every number comes from", "<p>Every number in the text is a link that leads here. A run’s own record (options, settings, seed, fingerprint) is in the provenance file of its table.</p>", *parts,
                    f'<h3 id="chain">The chain</h3><p>{told}</p>', *links)
 
 # %% ../nbs/27_report.ipynb #e0a491a4
@@ -865,7 +871,7 @@ a.n:hover,a.n:focus{color:var(--link);background:var(--own)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin:1.6rem 0;max-width:none}
 .tile{background:var(--card);border-radius:8px;padding:1rem 1.1rem;display:flex;flex-direction:column}
 .tile b{font-size:1.9rem;line-height:1.2;font-weight:650}
-.tile i{font-style:normal;color:var(--soft);font-size:.92rem}
+.tile>i{font-style:normal;color:var(--soft);font-size:.92rem}
 .tile span{margin-top:.5rem;font-size:.92rem;line-height:1.35}
 .tile a.n{text-decoration:none}
 .note{font-size:.92rem;color:var(--soft);line-height:1.5}
@@ -921,7 +927,7 @@ svg .dot{fill:var(--ink)}svg .gate-dot{fill:var(--trust-line)}
 svg .trust-text,svg text[text-anchor=end]{text-anchor:end}svg text[text-anchor=start]{text-anchor:start}
 @media (min-width:72rem){.page{display:grid;grid-template-columns:13rem minmax(0,1fr);column-gap:3.5rem}header{grid-column:2}nav{grid-column:1;grid-row:2;position:sticky;top:2.5rem;align-self:start;margin:0;max-height:calc(100vh - 4rem);overflow:auto}nav ol{columns:1}main{grid-column:2}}
 @media (max-width:34rem){.page{padding:0 1rem 3rem}header{padding-top:2.2rem}body{font-size:1.02rem}h2{margin-top:3.2rem;font-size:1.45rem}.tiles{grid-template-columns:1fr 1fr}.tile{padding:.8rem}.tile b{font-size:1.5rem}}
-@media (max-width:40rem){tbody th{min-width:7rem;max-width:9rem}}
+@media (max-width:40rem){tbody th{min-width:7rem;max-width:9rem}.scroll>table,table.entries{width:max-content}td.l{max-width:15rem}}
 @media print{:root{--page:#fff;--ink:#000;--soft:#444;--line:#bbb;--card:#f3f3f3;--link:#000;--own:#eef3f8}html{font-size:9.6pt}body{font-size:1rem;line-height:1.45}.page{display:block;padding:0;max-width:none}nav,summary{display:none}details::details-content{content-visibility:visible;display:block;height:auto;opacity:1}
 figcaption{break-after:auto}img.plot,svg.drawing{min-width:0;max-width:100%;break-inside:avoid}.scroll{overflow:visible}table,table.entries{font-size:6.6pt;width:100%}pre{font-size:6.4pt}th,td{padding:.12rem .25rem;white-space:normal}tbody th{position:static;min-width:0}td.l{min-width:0}thead{display:table-header-group}tr{break-inside:avoid}h2,h3,h4{break-after:avoid}h2{margin-top:1.6rem}pre{max-height:none}a.n{text-decoration:none}.tiles{grid-template-columns:repeat(4,1fr)}section>*,header,figcaption,footer,.banner{max-width:none}}
 @page{margin:16mm 15mm}
@@ -965,7 +971,7 @@ def write_report(
 <main>
 <p class="banner">{notice}</p>
 {body}
-<footer><p>Cite the paper that is reconstructed {_CITE}, and this software by <a href="{root}/CITATION.cff">CITATION.cff</a>. The page is made by {_notebook(r, "27_report", "the notebook of the report")} in the last stage of
+<footer><p>Cite the paper that is reconstructed, {_CITE}, and this software by <a href="{root}/CITATION.cff">CITATION.cff</a>. The page is made by {_notebook(r, "27_report", "the notebook of the report")} in the last stage of
 <code>make repro</code>; its entries and chain for programs are in <a href="report.provenance.json">report.provenance.json</a>.</p></footer>
 </main>
 </div>
