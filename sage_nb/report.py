@@ -13,16 +13,10 @@ from .evaluation import stage_records
 from .tables import model_label, number, p_text
 
 # %% auto #0
-__all__ = ['KEYS', 'NOTEBOOKS', 'PAPER', 'LINEAGE', 'OURS', 'CITE', 'THEN', 'SIGMA0', 'SIGMA', 'X_OWN', 'X_OTHER', 'CCC', 'STEP',
-           'EVIDENCE', 'WEIGHTS', 'FUSED', 'VARIANCE', 'DRAWN', 'QUESTIONS', 'FOLDERS', 'STYLE', 'SECTIONS', 'Table',
-           'shown', 'grouped', 'Results', 'told', 'listed', 'by_case', 'notebook', 'figure', 'show', 'section',
-           'standing', 'best_baseline', 'criteria', 'measured_on', 'claim', 'mi', 'sub', 'both', 'frac', 'math',
-           'under', 'called', 'median', 'drawing', 'recipe', 'method', 'data', 'results', 'ablations', 'robustness',
-           'reliability', 'calibration', 'efficiency', 'replication', 'criteria_section', 'literature', 'limits',
-           'chain', 'runs_text', 'appendix', 'write_report']
+__all__ = ['Table', 'Results', 'told', 'listed', 'figure', 'show', 'write_report']
 
 # %% ../nbs/27_report.ipynb #64adb55c
-KEYS = {  # table -> columns that name a row, as in its provenance
+_KEYS = {  # table -> columns that name a row, as in its provenance
     "comparison": ["model", "configuration"], "conventions": ["model", "configuration"], "ablation": ["model"], "calibration": ["what", "axis"],
     "detection": ["task", "kind"], "reliability": ["kind", "name"], "robustness": ["model"], "robustness_losses": ["family", "seen", "severity"],
     "robustness_missing": ["model", "missing"], "efficiency": ["label", "configuration"], "published": ["year", "method"], "claims": ["criterion"],
@@ -41,7 +35,7 @@ class Table:
             if not Path(f"{path}{suffix}").is_file():
                 raise DataError(f"{path}{suffix}: no such file, but the report shows it; run `make repro`, which makes what is missing")
         self.values = pd.read_csv(f"{path}.csv", dtype=str, keep_default_na=False)  # texts, as they lie there
-        self.values.index = [", ".join(row) for row in self.values[KEYS[self.name]].to_numpy().tolist()]
+        self.values.index = [", ".join(row) for row in self.values[_KEYS[self.name]].to_numpy().tolist()]
         self.about = read_json(f"{path}.provenance.json")
         caption, _, heads, marks, *rows = Path(f"{path}.md").read_text(encoding="utf-8").splitlines()
         self.caption, self.heads = caption, heads[2:-2].split(" | ")
@@ -56,27 +50,32 @@ class Table:
         return next(iter(next(iter(self.about["cells"].values())).values()))["stage"]
 
     def where(self, **wanted: str) -> list[str]:
-        "The rows whose columns hold these texts."
+        "The rows in which every column that is `wanted` holds that text."
         kept = self.values
         for column, text in wanted.items():
             kept = kept[kept[column] == text]
         return list(kept.index)
 
     def value(self, row: str, column: str) -> float:
-        "A number; NaN where the cell is empty."
+        "The number in a `column` of a `row`; NaN where the cell is empty."
         if row not in self.values.index:
             raise DataError(f"{self.path}.csv: has no row “{row}”, but the report tells of it; train and evaluate what it lacks")
         return float(self.values.at[row, column] or "nan")
 
 # %% ../nbs/27_report.ipynb #2d5c5dba
-def shown(text: str) -> str:
+def _shown(text: str) -> str:
     "Escaped, with a true minus sign."
     return escape(re.sub(r"(?<![\w])-(?=\d)", "−", text))
 
 
-def grouped(value: float) -> str:
+def _grouped(value: float) -> str:
     "A count, thousands apart."
     return f"{value:,.0f}".replace(",", "\u202f")
+
+
+def _signed(value: float) -> str:
+    "A difference."
+    return f"{'+' * (value > 0)}{number(value)}"
 
 
 class Results:
@@ -122,52 +121,52 @@ class Results:
         table, notes = self[name], self.notes.setdefault(name, {})
         note = notes.setdefault((tuple(rows), column, how), dict(id=f"{name}-{len(notes) + 1}", text=text))
         told = how or (f"{' · '.join(rows)}, {column}" + (f" = {table.values.at[rows[0], column]}" if column in table.values else ""))
-        return f'<a class="n" href="#{note["id"]}" title="{escape(f"{name}.csv: {shown(told)}")}">{shown(text)}</a>'
+        return f'<a class="n" href="#{note["id"]}" title="{escape(f"{name}.csv: {_shown(told)}")}">{_shown(text)}</a>'
 
     def n(self, name: str, row: str, column: str, form=number) -> str:
-        "One number."
+        "The number in a `column` of a `row`, written as `form` writes it."
         return self.link(form(self[name].value(row, column)), name, row, column)
 
     def ends(self, name: str, row: str, low: str, high: str) -> str:
-        "An interval."
+        "An interval, whose ends stand in the columns `low` and `high` of a `row`."
         return f"[{self.n(name, row, low)}, {self.n(name, row, high)}]"
 
     def gain(self, name: str, row: str, column: str, low: str | None = None, high: str | None = None) -> str:
-        "A difference with its sign and its interval."
+        "The difference in a `column` of a `row` with its sign, and its interval from `low` to `high`, which are columns of a similar name unless given."
         ends = self.ends(name, row, low or f"{column}_low", high or f"{column}_high")
-        return self.n(name, row, column, lambda value: f"{'+' * (value > 0)}{number(value)}") + f" {ends}"
+        return self.n(name, row, column, _signed) + f" {ends}"
 
     def text(self, name: str, row: str, column: str) -> str:
-        "One cell as it stands in the csv."
+        "The cell in a `column` of a `row` as it stands in the csv."
         return self.link(self[name].values.at[row, column], name, row, column)
 
     def count(self, name: str, rows: list[str], column: str, how: str) -> str:
-        "How many rows."
+        "How many rows; `how` they were chosen, by what `column`."
         return self.link(str(len(rows)), name, rows, column, f"number of rows: {how}")
 
     def derived(self, value: float, name: str, rows: str | list[str], column: str, how: str, form=number) -> str:
-        "A number that follows from some cells."
+        "A `value` that follows from cells of a `column`, those of `rows`; `how` it follows, in words. Written as `form` writes it."
         return self.link(form(value), name, rows, column, how)
 
     def about(self, key: str) -> str:
-        "What the caption of the comparison says of the set."
-        return self.link(grouped(float(self.set[key])) if self.set[key].isdigit() else self.set[key], "comparison", [], "caption", f"caption: {key}")
+        "What the caption of the comparison says of the set: `key` is split, corpus, trials, groups, frames, selection or post."
+        return self.link(_grouped(float(self.set[key])) if self.set[key].isdigit() else self.set[key], "comparison", [], "caption", f"caption: {key}")
 
 # %% ../nbs/27_report.ipynb #389ff621
 def told(low: float, high: float) -> int:
-    "1 if the interval lies above 0, -1 if below, 0 if it contains 0."
+    "1 if the interval from `low` to `high` lies above 0, -1 if below, 0 if it contains 0."
     return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def listed(items: list[str]) -> str:
-    "“a”, “a and b”, “a, b and c”; semicolons where one has a comma itself, outside of brackets."
+    "The items in a row: “a”, “a and b”, “a, b and c”; semicolons where one has a comma itself, outside of brackets."
     if len(items) < 2:
         return items[0] if items else "none"
     between = "; " if any(", " in re.sub(r"<.*?>|\[.*?\]|\(.*?\)", "", item) for item in items) else ", "
     return f"{between.join(items[:-1])}{between.rstrip() * (between == '; ')} and {items[-1]}"
 
 
-def by_case(table: Table, rows: list[str], low: str, high: str) -> dict[int, list[str]]:  # case of `told` -> rows
+def _by_case(table: Table, rows: list[str], low: str, high: str) -> dict[int, list[str]]:  # case of `told` -> rows
     "Rows by what their intervals say."
     cases = {1: [], 0: [], -1: []}
     for row in rows:
@@ -175,23 +174,23 @@ def by_case(table: Table, rows: list[str], low: str, high: str) -> dict[int, lis
     return cases
 
 # %% ../nbs/27_report.ipynb #bb8d5365
-NOTEBOOKS = {"ablation": "11_sage", "robustness": "17_robustness", "robustness_losses": "17_robustness", "robustness_missing": "17_robustness",
+_NOTEBOOKS = {"ablation": "11_sage", "robustness": "17_robustness", "robustness_losses": "17_robustness", "robustness_missing": "17_robustness",
              "calibration": "01_metrics", "detection": "16_evaluation", "reliability": "07_reliability", "conventions": "01_metrics", "efficiency": "19_efficiency",
              "conditions": "18_conditions", "replication": "40_stage_replicate", "verdicts": "41_stage_verdict", "comparison": "16_evaluation"}
 
 
-def notebook(r: Results, name: str, text: str = "") -> str:
+def _notebook(r: Results, name: str, text: str = "") -> str:
     "A link to a notebook of the project."
     return f'<a href="{r.root}/nbs/{name}.ipynb">{text or name[3:].replace("_", " ")}</a>'
 
 
 def _files(r: Results, path: str, suffixes: tuple[str, ...], notebooks: list[str]) -> str:
     files = " · ".join(f'<a href="{path}.{suffix}">{suffix.replace(".json", "")}</a>' for suffix in suffixes)
-    return f'<p class="files">{files} · made in {listed([notebook(r, name) for name in notebooks])}</p>'
+    return f'<p class="files">{files} · made in {listed([_notebook(r, name) for name in notebooks])}</p>'
 
 
 def _caption(title: str, caption: str, source: str) -> str:
-    return (f"<figcaption><p><b>{title}</b></p><details><summary>Set, convention and method</summary><p>{shown(caption)}</p></details>{source}</figcaption>")
+    return (f"<figcaption><p><b>{title}</b></p><details><summary>Set, convention and method</summary><p>{_shown(caption)}</p></details>{source}</figcaption>")
 
 
 def figure(
@@ -225,7 +224,7 @@ def show(
 
     def cell(text: str, left: bool, kind: str = "td") -> str:
         bold = text.startswith("**")
-        text = shown(text.strip("*"))
+        text = _shown(text.strip("*"))
         return f"<{kind}{' scope=row' * (kind == 'th')}{' class=l' * left}>{f'<b>{text}</b>' if bold else text}</{kind}>"
 
     head = "".join(f"<th scope=col{' class=l' * left}>{escape(text)}</th>" for text, left in zip(table.heads, table.left))
@@ -234,20 +233,20 @@ def show(
     block = (f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {escape(name.replace("_", " "))}"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>')
     if folded:
         block = f"<details><summary>Show all {len(table.texts)} rows</summary>{block}</details>"
-    files = _files(r, f"{table.path.parent.name}/{name}", ("csv", "md", "tex", "provenance.json"), [*([NOTEBOOKS[name]] if name in NOTEBOOKS else []), "20_tables"])
+    files = _files(r, f"{table.path.parent.name}/{name}", ("csv", "md", "tex", "provenance.json"), [*([_NOTEBOOKS[name]] if name in _NOTEBOOKS else []), "20_tables"])
     return f'<figure id="table-{name}" class="wide">{_caption(title, table.caption, files)}{block}</figure>\n'
 
 # %% ../nbs/27_report.ipynb #48d30913
-PAPER, LINEAGE, OURS = (f'<span class="tag {name}">{name}</span>' for name in ("paper", "lineage", "ours"))
-CITE = '<cite><a href="https://arxiv.org/abs/2603.11468">Lee, Lee, Cha and Park, 2026, arXiv:2603.11468</a></cite>'
+_PAPER, _LINEAGE, _OURS = (f'<span class="tag {name}">{name}</span>' for name in ("paper", "lineage", "ours"))
+_CITE = '<cite><a href="https://arxiv.org/abs/2603.11468">Lee, Lee, Cha and Park, 2026, arXiv:2603.11468</a></cite>'
 
 
-def section(name: str, title: str, *parts: str) -> str:
+def _section(name: str, title: str, *parts: str) -> str:
     "A section of the page."
     return f'<section id="{name}">\n<h2><a href="#{name}">{title}</a></h2>\n{"".join(parts)}</section>\n'
 
 # %% ../nbs/27_report.ipynb #7af0988b
-def standing(r: Results, name: str = "comparison", **among: str) -> str:  # html
+def _standing(r: Results, name: str = "comparison", **among: str) -> str:  # html
     "Where SAGE stands among the trained baselines, by the corrected p of each difference."
     table = r[name]
     tested = [row for row in table.where(configuration="equal", **among) if table.values.at[row, "verdict"]]
@@ -267,19 +266,19 @@ def standing(r: Results, name: str = "comparison", **among: str) -> str:  # html
     return f"Of the {total} trained baselines it is {listed(parts)}, after Holm’s correction."
 
 
-def best_baseline(r: Results) -> str:  # a row of the comparison
+def _best_baseline(r: Results) -> str:  # a row of the comparison
     "The trained baseline of the highest score."
     table = r["comparison"]
     rows = [row for row in table.where(configuration="equal") if table.values.at[row, "verdict"]]
     return max(rows, key=lambda row: table.value(row, "p"), default="")
 
 
-def criteria(r: Results) -> tuple[list[str], list[str]]:
+def _criteria(r: Results) -> tuple[list[str], list[str]]:
     "The criteria that are met, and those that are not."
     return r["claims"].where(met="True"), r["claims"].where(met="False")
 
 
-def measured_on(r: Results) -> str:
+def _measured_on(r: Results) -> str:
     "What the numbers are of, in one sentence."
     if r.sample:
         return (f"Everything measured here is of the <b>{r.about('corpus')}</b>, drawn faces and synthesised voices of this project’s own making; none of it says how well "
@@ -287,12 +286,12 @@ def measured_on(r: Results) -> str:
     return f"Everything measured here is of the corpus <b>{r.about('corpus')}</b>, by models trained on it. It is not of the sample corpus that comes with the project, and no number is the paper’s."
 
 
-def claim(r: Results) -> str:
+def _claim(r: Results) -> str:
     "Abstract, outcome and key numbers."
-    table, best, (met, missed) = r["comparison"], best_baseline(r), criteria(r)
+    table, best, (met, missed) = r["comparison"], _best_baseline(r), _criteria(r)
     table.value("sage, equal", "p")
     outcome = (f"SAGE reaches a mean concordance of {r.n('comparison', 'sage, equal', 'p')} {r.ends('comparison', 'sage, equal', 'p_low', 'p_high')} on people that nobody trained on. "
-               f"{standing(r)}")
+               f"{_standing(r)}")
     if best:
         words = {1: "SAGE has more", -1: "SAGE has less", 0: "SAGE is not told apart from it"}[told(table.value(best, "sage_gain_low"), table.value(best, "sage_gain_high"))]
         outcome += f" The best baseline is {model_label(table.values.at[best, 'model'])} with {r.n('comparison', best, 'p')}; {words} (difference before correction {r.gain('comparison', best, 'sage_gain')})."
@@ -304,82 +303,82 @@ def claim(r: Results) -> str:
     if best:
         tiles.append((f"SAGE less the best baseline ({model_label(table.values.at[best, 'model'])})", r.gain("comparison", best, "sage_gain").split(" [")[0],
                       r.ends("comparison", best, "sage_gain_low", "sage_gain_high")))
-    tiles.append(("of the intervals meant to hold nine in ten hold the truth", r.n("calibration", "estimate, both", "coverage_after"),
+    tiles.append(("share of the labels inside intervals meant to hold nine in ten", r.n("calibration", "estimate, both", "coverage_after"),
                   r.ends("calibration", "estimate, both", "coverage_after_low", "coverage_after_high")))
     boxes = "".join(f'<div class="tile"><b>{value}</b><i>{ends}</i><span>{label}</span></div>' for label, value, ends in tiles)
-    return section("claim", "The claim", f"""
+    return _section("claim", "The claim", f"""
 <p>How does somebody feel, from moment to moment, as far as face and voice tell? <em>Valence</em> (unpleasant to pleasant) and <em>arousal</em> (calm to excited)
 are estimated for every frame of a video. The two modalities are not equally good witnesses at every moment: a hand covers the mouth, somebody else talks, the light changes.</p>
-<p>SAGE {CITE} starts from a gap: others model temporal dynamics and overlook that <em>the reliability of a modality varies across the stages of their interaction</em> {PAPER}.
-It explicitly estimates and calibrates a confidence for each modality {PAPER}, rebalances audio and visual representations by their stage-dependent informativeness,
-so that an unreliable signal cannot dominate {PAPER}, and keeps the estimation of reliability apart from the representation {PAPER}.
-Only the abstract could be obtained. Equations, sizes, training and what a <em>stage</em> is are therefore a reconstruction {OURS}: here a stage is a state of the two
+<p>SAGE ({_CITE}) starts from a gap: others model temporal dynamics and overlook that <em>the reliability of a modality varies across the stages of their interaction</em> {_PAPER}.
+It explicitly estimates and calibrates a confidence for each modality {_PAPER}, rebalances audio and visual representations by their stage-dependent informativeness,
+so that an unreliable signal cannot dominate {_PAPER}, and keeps the estimation of reliability apart from the representation {_PAPER}.
+Only the abstract could be obtained. Equations, sizes, training and what a <em>stage</em> is are therefore a reconstruction {_OURS}: here a stage is a state of the two
 modalities before or after a step of their interaction, and reliability is estimated for each modality, stage and frame.</p>
 <p class="outcome">{outcome}</p>
 <div class="tiles">{boxes}</div>
-<p class="note">Numbers are links: each leads to the cell of the table that it was read in, to the runs behind it and to the hashes of data and code.
+<p class="note">Numbers are links: each leads to its entry at the end, with the cell of the table that it was read in and the runs behind it, and from there to the hashes of data and code.
 Brackets hold intervals from a bootstrap over people, of the level that the captions name.</p>
 """)
 
 # %% ../nbs/27_report.ipynb #d9391aeb
-def mi(text: str) -> str:
+def _mi(text: str) -> str:
     "Names, one letter each, operators and digits, as MathML."
     return "".join(f"<mn>{part}</mn>" if part[0].isdigit() or part[0] == "." else f"<mi>{part}</mi>" if part.isalpha() else f"<mo>{escape(part)}</mo>"
                    for part in re.findall(r"\d*\.?\d+|[^\W\d_]|[^\w\s]", text))
 
 
-def sub(base: str, low: str) -> str:
+def _sub(base: str, low: str) -> str:
     "With an index below."
-    return f"<msub><mrow>{mi(base)}</mrow><mrow>{mi(low)}</mrow></msub>"
+    return f"<msub><mrow>{_mi(base)}</mrow><mrow>{_mi(low)}</mrow></msub>"
 
 
-def both(base: str, low: str, high: str) -> str:
+def _both(base: str, low: str, high: str) -> str:
     "With an index below and one above."
-    return f"<msubsup><mrow>{mi(base)}</mrow><mrow>{mi(low)}</mrow><mrow>{mi(high)}</mrow></msubsup>"
+    return f"<msubsup><mrow>{_mi(base)}</mrow><mrow>{_mi(low)}</mrow><mrow>{_mi(high)}</mrow></msubsup>"
 
 
-def frac(over: str, under: str) -> str:
+def _frac(over: str, under: str) -> str:
     "A fraction of two formulas."
     return f"<mfrac><mrow>{over}</mrow><mrow>{under}</mrow></mfrac>"
 
 
-def math(*parts: str, block: bool = False) -> str:
+def _math(*parts: str, block: bool = False) -> str:
     "A formula, in the line or in one of its own."
-    body = "".join(part if part.startswith("<") else mi(part) for part in parts)
+    body = "".join(part if part.startswith("<") else _mi(part) for part in parts)
     return f'<div class="scroll formula"><math display="block"><mrow>{body}</mrow></math></div>' if block else f"<math><mrow>{body}</mrow></math>"
 
 
-def under(base: str, low: str) -> str:
+def _under(base: str, low: str) -> str:
     "An operator with an index under it."
-    return f"<munder><mo>{base}</mo><mrow>{mi(low)}</mrow></munder>"
+    return f"<munder><mo>{base}</mo><mrow>{_mi(low)}</mrow></munder>"
 
 
-def called(name: str, low: str = "") -> str:
+def _called(name: str, low: str = "") -> str:
     "A function that is called by a word, with an index if it has one."
     word = f"<mi>{name}</mi>"
-    return (f"<msub>{word}<mrow>{mi(low)}</mrow></msub>" if low else word) + "<mo>\u2061</mo>"
+    return _THIN + (f"<msub>{word}<mrow>{_mi(low)}</mrow></msub>" if low else word) + "<mo>\u2061</mo>"
 
 
-def median(low: str) -> str:
+def _median(low: str) -> str:
     "The median of the evidence."
-    return f"<msub><mover><mi>e</mi><mo>¯</mo></mover><mrow>{mi(low)}</mrow></msub>"
+    return f"<msub><mover><mi>e</mi><mo>¯</mo></mover><mrow>{_mi(low)}</mrow></msub>"
 
 
-THEN = "<mo>,</mo><mspace width='1.6em'/>"
-SIGMA0, SIGMA = both("σ", "0,k", "2"), both("σ", "msk", "2")
-X_OWN, X_OTHER = both("x", "m", "s"), both("x", "n", "s")
-CCC = math("<mi>CCC</mi>", "=", frac("<mn>2</mn>" + sub("s", "xy"), both("s", "x", "2") + "<mo>+</mo>" + both("s", "y", "2") + "<mo>+</mo><msup><mrow>"
-           + mi("(") + sub("m", "x") + mi("−") + sub("m", "y") + mi(")") + "</mrow><mn>2</mn></msup>"), THEN, "P", "=",
-           frac("<mn>1</mn>", "<mn>2</mn>"), "(", "<msub><mi>CCC</mi><mi>valence</mi></msub>", "+", "<msub><mi>CCC</mi><mi>arousal</mi></msub>", ")", block=True)
-STEP = math(both("x", "m", "s+1"), "=", X_OWN, "+", sub("γ", "s"), "(", sub("a", "n"), sub("W", "n"), X_OTHER, "+", called("tanh"), "(", sub("U", "m"), "J", ")", ")", block=True)
-EVIDENCE = math(sub("e", "ms"), "=", "<mo>⟨</mo>", frac("<mn>1</mn>", "<mn>2</mn>"), under("∑", "k"), called("log"), called("max"), "(",
-                frac(SIGMA0, SIGMA), "−1,ε", ")", "<mo>⟩</mo>", THEN, sub("r", "ms"), "=", frac(both("σ", "0", "2"), both("σ", "0", "2") + mi("+") + both("σ", "ms", "2")), block=True)
-WEIGHTS = math(sub("a", "m"), "=", "2", called("softmax", "m"), "(", "α", "(", sub("e", "m0"), "−", median("m0"), ")",
-               "+", called("log"), sub("o", "m"), ")", THEN, sub("W", "ms"), "=", sub("a", "m"), called("softmax", "s"), "(",
-               "<msup><mi>α</mi><mo>′</mo></msup>", "(", sub("e", "ms"), "−", median("ms"), ")", ")", block=True)
-FUSED = math("z", "=", "[", under("∑", "s"), sub("W", "vs"), both("x", "v", "s"), "<mo>;</mo>", under("∑", "s"), sub("W", "as"), both("x", "a", "s"), "<mo>;</mo>", "W", "]", block=True)
-VARIANCE = math("<msup><mi>σ</mi><mn>2</mn></msup>", "=", frac("<mn>1</mn><mo>−</mo><msup><mi>μ</mi><mn>2</mn></msup><mo>+</mo><mn>0.01</mn>", "<mn>1</mn><mo>+</mo><mi>softplus</mi><mo>\u2061</mo><mo>(</mo><mi>κ</mi><mo>)</mo>"),
-                THEN, "<mi>interval</mi>", "=", "μ", "±", "q", "σ", block=True)
+_THIN, _THEN = "<mspace width='.17em'/>", "<mo>,</mo><mspace width='1.6em'/>"
+_SIGMA0, _SIGMA = _both("σ", "0,k", "2"), _both("σ", "msk", "2")
+_X_OWN, _X_OTHER = _both("x", "m", "s"), _both("x", "n", "s")
+_CCC = _math("<mi>CCC</mi>", "=", _frac("<mn>2</mn>" + _sub("s", "xy"), _both("s", "x", "2") + "<mo>+</mo>" + _both("s", "y", "2") + "<mo>+</mo><msup><mrow>"
+           + _mi("(") + _sub("m", "x") + _mi("−") + _sub("m", "y") + _mi(")") + "</mrow><mn>2</mn></msup>"), _THEN, "P", "=",
+           _frac("<mn>1</mn>", "<mn>2</mn>"), "(", "<msub><mi>CCC</mi><mi>valence</mi></msub>", "+", "<msub><mi>CCC</mi><mi>arousal</mi></msub>", ")", block=True)
+_STEP = _math(_both("x", "m", "s+1"), "=", _X_OWN, "+", _sub("γ", "s"), "(", _sub("a", "n"), _sub("W", "n"), _X_OTHER, "+", _called("tanh"), "(", _sub("U", "m"), "J", ")", ")", block=True)
+_EVIDENCE = _math(_sub("e", "ms"), "=", "<mo>⟨</mo>", _frac("<mn>1</mn>", "<mn>2</mn>"), _under("∑", "k"), _called("log"), _called("max"), "(",
+                _frac(_SIGMA0, _SIGMA), "−1,ε", ")", "<mo>⟩</mo>", _THEN, _sub("r", "ms"), "=", _frac(_both("σ", "0", "2"), _both("σ", "0", "2") + _mi("+") + _both("σ", "ms", "2")), block=True)
+_WEIGHTS = _math(_sub("a", "m"), "=", "2", _called("softmax", "m"), "(", "α", "(", _sub("e", "m0"), "−", _median("m0"), ")",
+               "+", _called("log"), _THIN, _sub("o", "m"), ")", _THEN, _sub("W", "ms"), "=", _sub("a", "m"), _called("softmax", "s"), "(",
+               "<msup><mi>α</mi><mo>′</mo></msup>", "(", _sub("e", "ms"), "−", _median("ms"), ")", ")", block=True)
+_FUSED = _math("z", "=", "[", _under("∑", "s"), _sub("W", "vs"), _both("x", "v", "s"), "<mo>;</mo>", _under("∑", "s"), _sub("W", "as"), _both("x", "a", "s"), "<mo>;</mo>", "W", "]", block=True)
+_VARIANCE = _math("<msup><mi>σ</mi><mn>2</mn></msup>", "=", _frac("<mn>1</mn><mo>−</mo><msup><mi>μ</mi><mn>2</mn></msup><mo>+</mo><mn>0.01</mn>", "<mn>1</mn><mo>+</mo><mi>softplus</mi><mo>\u2061</mo><mo>(</mo><mi>κ</mi><mo>)</mo>"),
+                _THEN, "<mi>interval</mi>", "=", "μ", "±", "q", "σ", block=True)
 
 # %% ../nbs/27_report.ipynb #d64dbff8
 def _box(x: float, y: float, width: float, height: float, kind: str, *lines: str) -> str:
@@ -392,21 +391,21 @@ def _path(kind: str, *points: tuple[float, float]) -> str:
 
 
 def _letter(name: str, low: str, high: str = "") -> str:
-    return f'<tspan font-style="italic">{name}</tspan><tspan dy="4" font-size="10">{low}</tspan>' + (f'<tspan dy="-11" dx="-{6.5 * len(low):g}" font-size="10">{high}</tspan><tspan dy="7">\u200b</tspan>' if high else '<tspan dy="-4">\u200b</tspan>')
+    return f'<tspan font-style="italic">{name}</tspan><tspan dy="5" font-size="10">{low}</tspan>' + (f'<tspan dy="-13" dx="-{6.5 * len(low):g}" font-size="10">{high}</tspan><tspan dy="8">\u200b</tspan>' if high else '<tspan dy="-5">\u200b</tspan>')
 
 
 def _mark(x: float, y: float, sign: str, kind: str) -> str:
     return f'<g class="{kind}"><circle cx="{x:g}" cy="{y:g}" r="10"/><text x="{x:g}" y="{y + 5:g}">{sign}</text></g>'
 
 
-def drawing() -> str:
+def _drawing() -> str:
     "SAGE as reconstructed here, as svg."
     v, a = 66, 206  # middles of the two rows
     parts = ['<rect class="band" x="4" y="330" width="972" height="150" rx="12"/>',
              '<text class="trust-text" x="962" y="470" text-anchor="end">reliability, estimated apart from the representation</text>']
     for y, modality, name in ((v, "visual", "face"), (a, "audio", "voice")):
-        parts += [_box(10, y - 24, 70, 48, "plain", name), _box(104, y - 28, 100, 56, "frozen", f"{modality} encoder", "(frozen)"),
-                  _box(226, y - 28, 84, 56, modality, "front end", "(TCN)"), _path("flow", (80, y), (104, y)), _path("flow", (204, y), (226, y)), _path("flow", (310, y), (346, y)),
+        parts += [_box(10, y - 24, 60, 48, "plain", name), _box(104, y - 28, 100, 56, "frozen", f"{modality} encoder", "(frozen)"),
+                  _box(226, y - 28, 84, 56, modality, "front end", "(TCN)"), _path("flow", (70, y), (104, y)), _path("flow", (204, y), (226, y)), _path("flow", (310, y), (346, y)),
                   _box(346, y - 24, 64, 48, modality, _letter("x", modality[0], "0")), _path("flow", (410, y), (542, y)), _path("flow", (562, y), (610, y)),
                   _box(610, y - 24, 64, 48, modality, _letter("x", modality[0], "s")), _path("flow", (674, y), (716, y)), _mark(552, y, "+", "sum")]
     parts += ['<rect class="stage" x="334" y="16" width="88" height="240" rx="10"/>', '<text x="378" y="141">stage 0</text>',
@@ -419,14 +418,14 @@ def drawing() -> str:
               _box(862, v - 24, 112, 48, "plain", "head", "valence, arousal"), _path("flow", (834, v), (862, v)),
               _box(862, 112, 112, 48, "plain", "variance " + '<tspan font-style="italic">σ</tspan><tspan dy="-5" font-size="10">2</tspan><tspan dy="5">\u200b</tspan>', "calibrated"), _path("stopped", (834, 136), (862, 136)),
               _box(862, a - 24, 112, 48, "plain", "conformal", "interval"), _path("stopped", (918, 160), (918, a - 24))]
-    parts += [_path("flow", (94, v), (94, 372), (134, 372)), _path("flow", (90, a), (90, 438), (134, 438)),
-              '<circle class="dot" cx="94" cy="66" r="3"/><circle class="dot" cx="90" cy="206" r="3"/>',
+    parts += [_path("flow", (89, v), (89, 372), (134, 372)), _path("flow", (79, a), (79, 438), (134, 438)),
+              '<circle class="dot" cx="89" cy="66" r="3"/><circle class="dot" cx="79" cy="206" r="3"/>',
               _box(134, 350, 104, 44, "visual", "visual cues"), _box(134, 416, 104, 44, "audio", "audio cues"),
               _box(268, 350, 92, 44, "trust", "visual judge"), _box(268, 416, 92, 44, "trust", "audio judge"), _path("flow", (238, 372), (268, 372)), _path("flow", (238, 438), (268, 438)),
-              _box(398, 350, 116, 110, "trust", "error variance", _letter("σ", "ms", "2"), "calibrated on", "other people"), _path("flow", (360, 372), (398, 372)), _path("flow", (360, 438), (398, 438)),
+              _box(398, 350, 116, 110, "trust", _letter("σ", "ms", "2"), "error variance", "calibrated on", "other people"), _path("flow", (360, 372), (398, 372)), _path("flow", (360, 438), (398, 438)),
               _box(556, 350, 118, 44, "trust", "evidence " + _letter("e", "ms")), _box(556, 416, 118, 44, "trust", "reliability " + _letter("r", "ms")),
               _path("stopped", (514, 372), (556, 372)), _path("stopped", (514, 438), (556, 438)),
-              _box(716, 350, 118, 44, "trust", "trust " + _letter("a", "m"), "weights " + _letter("W", "ms")), _path("gate", (674, 372), (716, 372)), _path("gate", (674, 438), (716, 438)),
+              _box(716, 350, 118, 44, "trust", "trust " + _letter("a", "m"), "weights " + _letter("W", "ms")), _path("gate", (674, 372), (716, 372)), _path("stopped", (674, 438), (716, 438)),
               '<text x="724" y="443" text-anchor="start">reported with the estimate</text>',
               _path("gate", (775, 350), (775, 256)), _path("gate-line", (745, 350), (745, 306), (450, 306), (450, 92)), _path("gate", (450, 92), (484, 92)), _path("gate", (450, 180), (484, 180)),
               '<circle class="gate-dot" cx="450" cy="180" r="3"/>']
@@ -436,15 +435,15 @@ def drawing() -> str:
     legend = [("flow", 20, "gradient flows back"), ("stopped", 210, "gradient is stopped"), ("gate", 400, "trust acts")]
     parts += [_path(kind, (x, 503), (x + 38, 503)) + f'<text x="{x + 46}" y="508" text-anchor="start">{text}</text>' for kind, x, text in legend]
     heads = "".join(f'<marker id="head-{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path class="head {kind}" d="M0 0.8L8 4L0 7.2z"/></marker>' for kind in ("flow", "gate"))
-    return f'<svg class="drawing" viewBox="0 0 980 520" role="img" aria-labelledby="drawing-title" xmlns="http://www.w3.org/2000/svg"><title id="drawing-title">{escape(DRAWN)}</title><defs>{heads}</defs>{"".join(parts)}</svg>'
+    return f'<svg class="drawing" viewBox="0 0 980 520" role="img" aria-labelledby="drawing-title" xmlns="http://www.w3.org/2000/svg"><title id="drawing-title">{escape(_DRAWN)}</title><defs>{heads}</defs>{"".join(parts)}</svg>'
 
 
-DRAWN = ("Block diagram of SAGE. Face and voice each pass a frozen encoder and a temporal front end and become a state before interaction. Interaction steps exchange messages, scaled by trust, "
+_DRAWN = ("Block diagram of SAGE. Face and voice each pass a frozen encoder and a temporal front end and become a state before interaction. Interaction steps exchange messages, scaled by trust, "
          "and leave a state at every stage. A scaled concatenation of all states feeds a head for valence and arousal, a calibrated variance and a conformal interval. Below, apart from this, "
          "cues of the observation are judged for each modality, taught by the errors of readouts of the states with the gradient stopped; the error variance becomes evidence, trust and weights.")
 
 # %% ../nbs/27_report.ipynb #74a2ca40
-def recipe(
+def _recipe(
     r: Results,
     key: str,  # an option that SAGE was built with
 ) -> tuple | None:  # its value, and the same as a link; None where the record does not say
@@ -455,59 +454,59 @@ def recipe(
     return None if value is None else (value, r.link(str(value), "comparison", ["sage, equal"], "p", f"option {key} in the record of run {run}"))
 
 
-def method(r: Results) -> str:
+def _method(r: Results) -> str:
     "Drawing, equations and whose they are."
-    taken, smooth = recipe(r, "steps"), recipe(r, "smooth")
+    taken, smooth = _recipe(r, "steps"), _recipe(r, "smooth")
     steps = f"It takes {taken[1]} such step{'s' * (taken[0] != 1)} here." if taken else ""
     smooth = f"over {smooth[1]} frames" if smooth else "over about half a second"
-    return section("method", "The method", f"""
-<figure id="figure-drawing" class="wide"><div class="scroll" tabindex="0" role="region" aria-label="Drawing of SAGE">{drawing()}</div>
+    return _section("method", "The method", f"""
+<figure id="figure-drawing" class="wide"><div class="scroll" tabindex="0" role="region" aria-label="Drawing of SAGE">{_drawing()}</div>
 <figcaption><p><b>SAGE as reconstructed here.</b> Above, what represents, interacts and fuses; below, what judges. Trust acts at two places: on what one modality tells the other, and on how loudly
-each speaks in the fusion. Drawn by code, of no data. {OURS}</p><p class="files">made in {notebook(r, "27_report")} · the same at greater length: {notebook(r, "11_sage")}</p></figcaption></figure>
+each speaks in the fusion. Drawn by code, of no data. {_OURS}</p><p class="files">made in {_notebook(r, "27_report")} · the same at greater length: {_notebook(r, "11_sage")}</p></figcaption></figure>
 <h3>Representation</h3>
-<p>Each modality goes through a frozen encoder and a temporal convolutional network of its own; the lineage does so {LINEAGE}, its sizes are not ours {OURS}. Streams are indexed by original frame
-number and masked where nothing was observed ({notebook(r, "06_interaction")}, {notebook(r, "04_encoders")}).</p>
+<p>Each modality goes through a frozen encoder and a temporal convolutional network of its own; the lineage does so too {_LINEAGE}, the sizes are our own {_OURS}. Streams are indexed by original frame
+number and masked where nothing was observed ({_notebook(r, "06_interaction")}, {_notebook(r, "04_encoders")}).</p>
 <h3>Interaction</h3>
-<p>The modalities speak to each other in recursive steps, and every state is kept {LINEAGE}: those states are the <em>stages</em> {OURS}. In place of attention over a fixed window stands a running joint
-memory <i>J</i> of both, and every message and every entry of the memory is scaled by the trust {math(sub("a", "n"))} in its sender, which is exactly zero where the sender is missing {OURS}. {steps}</p>
-{STEP}
+<p>The modalities speak to each other in recursive steps, and every state is kept {_LINEAGE}: those states are the <em>stages</em> {_OURS}. In place of attention over a fixed window stands a running joint
+memory <i>J</i> of both, and every message and every entry of the memory is scaled by the trust {_math(_sub("a", "n"))} in its sender, which is exactly zero where the sender is missing {_OURS}. {steps}</p>
+{_STEP}
 <h3>Reliability, apart from the representation</h3>
-<p>Estimating reliability apart from the representation is the paper’s {PAPER}; how it is done is ours {OURS}. Small readouts say valence and arousal from one modality’s state alone. A branch reads how each modality is
-<em>observed</em> (sharpness, level, synchrony of mouth and sound, whether there is a face at all), and predicts the variance {math(SIGMA)} of each readout’s error at each stage. Errors reach it detached: it sends no gradient
-into the representation, which therefore cannot learn to look reliable. Variances are calibrated on people that trained neither. What a readout explains of the labels’ variance {math(SIGMA0)}, averaged
-{smooth}, is the evidence <i>e</i>; what is reported is the reliability <i>r</i> ({notebook(r, "07_reliability")}).</p>
-{EVIDENCE}
+<p>Estimating reliability apart from the representation is the paper’s {_PAPER}; how it is done is ours {_OURS}. Small readouts say valence and arousal from one modality’s state alone. A branch reads how each modality is
+<em>observed</em> (sharpness, level, synchrony of mouth and sound, whether there is a face at all), and predicts the variance {_math(_SIGMA)} of each readout’s error at each stage. Errors reach it detached: it sends no gradient
+into the representation, which therefore cannot learn to look reliable. Variances are calibrated on people that trained neither. What a readout explains of the labels’ variance {_math(_SIGMA0)}, averaged
+{smooth}, is the evidence <i>e</i>; what is reported is the reliability <i>r</i> ({_notebook(r, "07_reliability")}).</p>
+{_EVIDENCE}
 <h3>Fusion</h3>
-<p>Rebalancing by stage-dependent informativeness is the paper’s {PAPER}, the form ours {OURS}: evidence, less its median on observed frames, becomes a share for each modality and for each stage, and scales a
-<em>concatenation</em>. At equal confidence nothing is lost against plain concatenation; a missing modality ({math(sub("o", "m"))} zero) has no weight ({notebook(r, "11_sage")}).</p>
-{WEIGHTS}{FUSED}
+<p>Rebalancing by stage-dependent informativeness is the paper’s {_PAPER}, the form ours {_OURS}: evidence, less its median on observed frames, becomes a share for each modality and for each stage, and scales a
+<em>concatenation</em>. At equal confidence nothing is lost against plain concatenation; a missing modality ({_math(_sub("o", "m"))} zero) has no weight ({_notebook(r, "11_sage")}).</p>
+{_WEIGHTS}{_FUSED}
 <h3>Estimate, variance, interval</h3>
-<p>The head gives valence and arousal; a network that only watches gives their variance, bounded by the range. Its level is calibrated, and intervals are conformal, by person: <i>q</i> is what the error stays below for the promised
-share of a calibration person’s frames {OURS}.</p>
-{VARIANCE}
+<p>The head gives valence and arousal; a network that only watches gives their variance, bounded by the range. Its level is calibrated, and intervals are conformal, by person: <i>q</i> is how many standard deviations
+the error stays within for the promised share of the frames of calibration people, each of whom counts the same {_OURS}.</p>
+{_VARIANCE}
 <h3>Training</h3>
 <p>The loss is concordance over all valid frames of a batch, with the squared error and the terms of readouts and branch beside it; every model of the comparison has the same front end, cues, corruption in training, loss of the estimate,
-selection and budget {OURS} ({notebook(r, "10_losses")}, {notebook(r, "15_training")}). The measure is the paper’s {PAPER}:</p>
-{CCC}
+selection and budget {_OURS} ({_notebook(r, "10_losses")}, {_notebook(r, "15_training")}). The measure is the paper’s {_PAPER}:</p>
+{_CCC}
 {figure(r, "training", "The course of training of every model; dots are the epochs that were kept.", "Training loss and score on the selection split against epochs, one line a model, with SAGE, the concatenation and the single modalities highlighted.")}
 """)
 
 # %% ../nbs/27_report.ipynb #9b4911bf
-def data(r: Results) -> str:
+def _data(r: Results) -> str:
     "The corpus, the set, the conditions."
     size = (f"What is reported is of its {r.about('split')} split: {r.about('trials')} trials of {r.about('groups')} people or pairs, {r.about('frames')} labelled frames. "
             f"Models were selected on {r.about('selection')}; post-processing of the predictions: {r.about('post')}.")
     if not r.sample:
-        return section("data", "The data", f"<p>{r.about('corpus')}, as it lay in the place of the corpus when the pipeline ran ({notebook(r, '29_affwild2_in_place', 'Aff-Wild2 in its place')}). {size}</p>"
+        return _section("data", "The data", f"<p>{r.about('corpus')}, as it lay in the place of the corpus when the pipeline ran ({_notebook(r, '29_affwild2_in_place', 'Aff-Wild2 in its place')}). {size}</p>"
                        "<p>Nobody knows the true phases and nuisances of these videos, so what is told by them elsewhere in the project is not told here. Results of a corpus under a licence are covered by it: do not publish this page without its authors.</p>")
     table = r["conditions"]
     met, missed = table.where(met="True"), table.where(met="False")
     verdict = (f"It meets all {r.count('conditions', met, 'met', 'met')}" if not missed else
                f"Of {r.count('conditions', met + missed, 'met', 'all')} it <b>misses {r.count('conditions', missed, 'met', 'not met')}</b>: {listed([r.link(row, 'conditions', row, 'condition') for row in missed])}")
-    return section("data", "The data", f"""
-<p>Aff-Wild2, the paper’s benchmark {PAPER}, is given under a licence that lets nobody publish what is made of it. This report is of the {r.about("corpus")} {OURS}: rendered talking faces and synthesised voices in Aff-Wild2’s layout and
-with its quirks, from raw video on. Valence and arousal are hidden processes. Who <em>speaks</em> has a busy mouth but a voice; who <em>listens</em> shows a face while the sound is somebody else’s; who <em>reacts</em> shows it all in the face.
-Nuisances come and go, and most of them mislead rather than only add noise: a hand over the mouth, a second face, light, babble with an affect of its own ({notebook(r, "08_sample")}). Phases and nuisances are recorded for evaluation;
+    return _section("data", "The data", f"""
+<p>Aff-Wild2, the paper’s benchmark {_PAPER}, is given to those who sign its licence, which covers what is made of it. This report is of the {r.about("corpus")} {_OURS}: rendered talking faces and synthesised voices in Aff-Wild2’s layout and
+with its quirks, from raw video on. Valence and arousal are hidden processes. Who <em>speaks</em> has a voice to be heard, but a mouth that is busy with words; who <em>listens</em> shows a face while the sound is somebody else’s; who <em>reacts</em> shows it all in the face.
+Nuisances come and go, and most of them mislead rather than only add noise: a hand over the mouth, a second face, light, babble with an affect of its own ({_notebook(r, "08_sample")}). Phases and nuisances are recorded for evaluation;
 no model that is reported has seen the record.</p>
 <p>{size}</p>
 <p>The corpus was frozen before SAGE existed, when it met conditions on its difficulty, which the pipeline has measured again. {verdict}.</p>
@@ -517,14 +516,14 @@ that nobody trained on. It <b>cannot</b> say how well any of this estimates what
 """)
 
 # %% ../nbs/27_report.ipynb #becd7501
-def results(r: Results) -> str:
+def _results(r: Results) -> str:
     "Comparison, clips, conventions."
     table = r["comparison"]
-    best = best_baseline(r)
-    seeds = r.n("comparison", "sage, equal", "seeds", grouped)
+    best = _best_baseline(r)
+    seeds = r.n("comparison", "sage, equal", "seeds", _grouped)
     oracle = "each video's true mean, reference"
     parts = [f"<p>SAGE reaches {r.n('comparison', 'sage, equal', 'ccc_valence')} on valence and {r.n('comparison', 'sage, equal', 'ccc_arousal')} on arousal, mean {r.n('comparison', 'sage, equal', 'p')} "
-             f"{r.ends('comparison', 'sage, equal', 'p_low', 'p_high')}, over {seeds} seed{'s' * (table.value('sage, equal', 'seeds') != 1)}. {standing(r)} "]
+             f"{r.ends('comparison', 'sage, equal', 'p_low', 'p_high')}, over {seeds} seed{'s' * (table.value('sage, equal', 'seeds') != 1)}. {_standing(r)} "]
     if best:
         parts.append(f"Its difference to the best of them, {model_label(table.values.at[best, 'model'])}, is {r.gain('comparison', best, 'sage_gain')}, corrected p {r.n('comparison', best, 'p_holm', lambda p: p_text(p) if p < 0.0005 else f'= {p_text(p)}')}. ")
     if oracle in table.values.index:
@@ -548,44 +547,45 @@ def results(r: Results) -> str:
     if r.has("plane"):
         pictures.append(figure(r, "plane", "Where in the plane of valence and arousal the truth lies, where the estimates do, and who errs less where.",
                                "Four panels: density of truth, concatenation and SAGE in the plane of valence and arousal, and the difference of their errors by region."))
-    pictures.append(show(r, "conventions", "The same predictions by other conventions, which move scores more than models do; never to be mixed.", folded=True))
-    return section("results", "Results", *parts, "</p>", fair, *pictures)
+    pictures.append(show(r, "conventions", "The same predictions by other conventions: other numbers, never to be mixed.", folded=True))
+    return _section("results", "Results", *parts, "</p>", fair, *pictures)
 
 # %% ../nbs/27_report.ipynb #2e622d7c
-def ablations(r: Results) -> str:
+def _ablations(r: Results) -> str:
     "What each part is worth."
     table = r["ablation"]
     rows = [row for row in table.values.index if row != "sage" and table.values.at[row, "gain"]]
     if not rows:
-        return section("ablations", "Ablations", "<p>No ablation was trained, so what each part of SAGE is worth is not known on this corpus.</p>", show(r, "ablation", "SAGE alone."))
-    cases = by_case(table, rows, "gain_low", "gain_high")
+        return _section("ablations", "Ablations", "<p>No ablation was trained, so what each part of SAGE is worth is not known on this corpus.</p>", show(r, "ablation", "SAGE alone."))
+    cases = _by_case(table, rows, "gain_low", "gain_high")
 
     def named(case: int, sign: int) -> str:
         ordered = sorted(cases[case], key=lambda row: sign * table.value(row, "gain"))
-        return listed([f"{escape(table.values.at[row, 'changed'])} ({r.n('ablation', row, 'gain')})" for row in ordered])
+        return listed([f"{escape(table.values.at[row, 'changed'])} ({r.n('ablation', row, 'gain', _signed)})" for row in ordered])
 
     text = f"<p>Of {r.count('ablation', rows, 'gain', 'variants and ablations')} variants "
     text += (f"{r.count('ablation', cases[-1], 'gain', 'interval below 0')} score clearly below SAGE. What was changed, and the difference: {named(-1, 1)}.</p>" if cases[-1] else "none scores clearly below SAGE.</p>")
     text += f"<p>Clearly above it, which speaks against the choice that was made: {named(1, -1)}.</p>" if cases[1] else "<p>None scores clearly above it.</p>"
     if cases[0]:
-        text += f"<p>Not told apart from it, so of no proven use on this corpus: {named(0, 1)}.</p>"
-    text += ("<p>These intervals are not corrected for the number of rows" + (", and some rows rest on one seed" if min(table.value(row, "seeds") for row in rows) == 1 else "")
-             + ". They speak of these trained models on new people, not of another training.</p>")
-    return section("ablations", "Ablations", text, figure(r, "ablation", "What is lost or gained when one thing in SAGE is changed. Filled: the interval excludes zero.",
+        text += f"<p>Not told apart from it, so that on this corpus the choice is of no proven use: {named(0, 1)}.</p>"
+    single = [row for row in rows if table.value(row, "seeds") == 1]
+    text += ("<p>These intervals are not corrected for the number of rows. They speak of these trained models on new people, not of another training"
+             + (f"; {r.count('ablation', single, 'seeds', 'variants of one seed')} of the variants were trained with one seed, and are set against SAGE of that seed.</p>" if single else ".</p>"))
+    return _section("ablations", "Ablations", text, figure(r, "ablation", "What is lost or gained when one thing in SAGE is changed. Filled: the interval excludes zero.",
                                                         "Dots with intervals, one row a variant: mean concordance less that of SAGE, beside the score itself."), show(r, "ablation", "Every variant, in full."))
 
 # %% ../nbs/27_report.ipynb #b9cc8ad5
-def robustness(r: Results) -> str:
+def _robustness(r: Results) -> str:
     "Corruption: scores, losses, a modality missing throughout."
     if not r.has("robustness"):
-        return section("robustness", "Robustness", "<p>The suite of corruptions was not run on this corpus.</p>")
+        return _section("robustness", "Robustness", "<p>The suite of corruptions was not run on this corpus.</p>")
     scores, parts = r["robustness"], []
     others = [row for row in scores.values.index if not row.startswith("sage")]
     for column, what in (("seen", "that training contains"), ("unseen", "that it does not contain")):
         own, above = scores.value("sage", column), [row for row in others if scores.value(row, column) >= scores.value("sage", column)]
         parts.append(f"over the corruptions {what} SAGE keeps a mean of {r.n('robustness', 'sage', column)}, "
                      + (f"more than each of the {r.count('robustness', others, column, 'models that are not SAGE')} others" if not above else f"less than {listed([model_label(row) for row in above])}"))
-    text = f"<p>Media were corrupted before the encoders, features in presence and timing, in three strengths each ({notebook(r, '25_suite')}). Without corruption SAGE has {r.n('robustness', 'sage', 'clean')} on these seeds; {'; '.join(parts)}.</p>"
+    text = f"<p>Media were corrupted before the encoders, features in presence and timing, in three strengths each ({_notebook(r, '25_suite')}). Without corruption SAGE has {r.n('robustness', 'sage', 'clean')} on the seeds of this suite; {'; '.join(parts)}.</p>"
     pictures = [figure(r, "robustness", "Score against the severity of each corruption.", "One panel a corruption: mean concordance of the models against severity from none to strong."),
                 figure(r, "robustness_areas", "Area under each of these curves, for every model; colour is the difference to SAGE.", "A grid of numbers, models by corruptions, coloured by the difference to SAGE."),
                 show(r, "robustness", "Score under corruption, mean over severities with the clean set.", folded=True)]
@@ -593,7 +593,7 @@ def robustness(r: Results) -> str:
         table = r["robustness_losses"]
         single = [row for row in table.values.index if table.values.at[row, "severity"] != "mean" and table.values.at[row, "family"] != "all"]
         hard = [row for row in single if table.value(row, "loss_other") >= 0.05]
-        cases, easy = by_case(table, hard, "low", "high"), by_case(table, [row for row in single if row not in hard], "low", "high")
+        cases, easy = _by_case(table, hard, "low", "high"), _by_case(table, [row for row in single if row not in hard], "low", "high")
 
         def conditions(rows: list[str]) -> str:
             families = {}
@@ -605,7 +605,7 @@ def robustness(r: Results) -> str:
         if hard:
             text += f"Of these, SAGE loses clearly less in {r.count('robustness_losses', cases[1], 'low', 'of these, interval above 0')}"
             text += f", clearly more in {r.count('robustness_losses', cases[-1], 'high', 'of these, interval below 0')} ({conditions(cases[-1])})" if cases[-1] else ", clearly more in none"
-            text += f", and about as much in {r.count('robustness_losses', cases[0], 'difference', 'of these, interval contains 0')} ({conditions(cases[0])}). " if cases[0] else ". "
+            text += f", and is not told apart in {r.count('robustness_losses', cases[0], 'difference', 'of these, interval contains 0')} ({conditions(cases[0])}). " if cases[0] else ". "
         rest = sum(easy.values(), [])
         if rest:
             text += (f"Of the {r.count('robustness_losses', rest, 'loss_other', 'the concatenation loses less than .05')} that cost the concatenation little, SAGE loses clearly more in "
@@ -616,12 +616,12 @@ def robustness(r: Results) -> str:
     if r.has("robustness_missing"):
         table = r["robustness_missing"]
         words = {1: "more than", 0: "not told apart from", -1: "less than"}
-        told_ = [f"without {'sight' if missing == 'visual' else 'sound'} {r.n('robustness_missing', row, 'p')}, {words[told(table.value(row, 'low'), table.value(row, 'high'))]} the model of "
+        told_ = [f"{r.n('robustness_missing', row, 'p')} without {'sight' if missing == 'visual' else 'sound'}, {words[told(table.value(row, 'low'), table.value(row, 'high'))]} the model of "
                  f"{'sound' if missing == 'visual' else 'sight'} alone ({r.gain('robustness_missing', row, 'difference', 'low', 'high')})"
                  for row, missing in ((f"sage, {missing}", missing) for missing in ("visual", "audio")) if row in table.values.index]
-        text += f"<p>With one modality missing from end to end SAGE has {listed(told_)}.</p>" if told_ else ""
+        text += f"<p>With one modality missing from end to end, SAGE scores {listed(told_)}.</p>" if told_ else ""
         pictures.append(show(r, "robustness_missing", "One modality missing throughout, against the model of the other alone."))
-    return section("robustness", "Robustness", text, *pictures)
+    return _section("robustness", "Robustness", text, *pictures)
 
 # %% ../nbs/27_report.ipynb #a602a1f2
 def _share(table: Table, row: str) -> float:
@@ -630,21 +630,21 @@ def _share(table: Table, row: str) -> float:
     return weight["visual"] / (weight["visual"] + weight["audio"])
 
 
-QUESTIONS = {"visual nuisance": "nuisances of sight", "audio nuisance": "nuisances of sound while the subject speaks", "own voice": "whether the voice is the subject’s own",
+_QUESTIONS = {"visual nuisance": "nuisances of sight", "audio nuisance": "nuisances of sound while the subject speaks", "own voice": "whether the voice is the subject’s own",
              "visual corruption": "sight corrupted on purpose", "audio corruption": "sound corrupted on purpose"}
 
 
-def reliability(r: Results) -> str:
+def _reliability(r: Results) -> str:
     "Detection, reliability and weights by condition."
     text, pictures = "", []
     if r.has("detection"):
         table = r["detection"]
-        rows = {task: f"{task}, all" for task in QUESTIONS if f"{task}, all" in table.values.index}
+        rows = {task: f"{task}, all" for task in _QUESTIONS if f"{task}, all" in table.values.index}
         items = []
         for task, row in rows.items():
             case = told(table.value(row, "gain_low"), table.value(row, "gain_high"))
             word = {1: "more than", 0: "not told apart from", -1: "less than"}[case]
-            items.append(f"<li>{QUESTIONS[task]}: {r.n('detection', row, 'auroc')} {r.ends('detection', row, 'auroc_low', 'auroc_high')}, {word} flags and energy ({r.gain('detection', row, 'gain')})</li>")
+            items.append(f"<li>{_QUESTIONS[task]}: {r.n('detection', row, 'auroc')} {r.ends('detection', row, 'auroc_low', 'auroc_high')}, {word} flags and energy ({r.gain('detection', row, 'gain')})</li>")
         kinds = [row for row in table.values.index if row not in rows.values() and not row.endswith((", all", ", with_nuisances"))]
         worse = [row for row in kinds if table.value(row, "gain_high") < 0]
         blind = [row for row in kinds if table.value(row, "auroc_low") <= 0.5]
@@ -653,7 +653,7 @@ def reliability(r: Results) -> str:
             return listed([f"{escape(table.values.at[row, 'kind'].replace('_', ' '))} in “{escape(table.values.at[row, 'task'])}” ({r.n('detection', row, column)})" for row in rows])
 
         text += (f"<p>How well does reliability before interaction rank good frames above bad ones? As areas under the ROC curve, beside a regression on presence flags and signal energy that was fitted on the truth:</p><ul>{''.join(items)}</ul>"
-                 f"<p>Taken one by one, reliability is <b>no better than chance</b> at {named(blind, 'auroc') if blind else 'none of the kinds'}, and clearly <b>worse than flags and energy</b> at {named(worse, 'gain') if worse else 'none'}.</p>")
+                 f"<p>Taken one by one, reliability is <b>not clearly better than chance</b> at {named(blind, 'auroc') if blind else 'none of the kinds'}, and clearly <b>worse than flags and energy</b> at {named(worse, 'gain') if worse else 'none'}.</p>")
         pictures += [figure(r, "detection", "How well reliability tells disturbed frames from others, beside flags and energy.", "Dots with intervals: area under the ROC curve of reliability and of flags and energy, one row a kind of disturbance."),
                      show(r, "detection", "Every question and every kind, in full.", folded=True)]
     else:
@@ -671,27 +671,27 @@ def reliability(r: Results) -> str:
         phases = {name: f"phase, {name}" for name in ("speak", "listen", "react") if f"phase, {name}" in table.values.index}
         if len(phases) == 3:
             order = sorted(phases, key=lambda name: -_share(table, phases[name]))
-            text += f"By phase of the conversation, in undisturbed frames, it is largest when the subject {order[0]}s ({share(phases[order[0]])}), then when they {order[1]} ({share(phases[order[1]])}) and {order[2]} ({share(phases[order[2]])}): the second reading of “stage”. "
+            text += f"By phase of the conversation (another reading of “stage”), in undisturbed frames, sight’s share is largest when the subject {order[0]}s ({share(phases[order[0]])}), then when they {order[1]} ({share(phases[order[1]])}) and {order[2]} ({share(phases[order[2]])}). "
         text += "</p>"
     pictures += [figure(r, "reliability", "Who is trusted when: reliability and weight by phase of the conversation and by nuisance, at each stage.", "Dots by condition: mean reliability and mean fusion weight of sight and of sound at each stage."),
                  show(r, "reliability", "Means by condition, in full.", folded=True)]
-    return section("reliability", "Is the reliability true?", text, *pictures)
+    return _section("reliability", "Is the reliability true?", text, *pictures)
 
 # %% ../nbs/27_report.ipynb #ac009905
-def calibration(r: Results) -> str:
+def _calibration(r: Results) -> str:
     "Stated against actual error."
     table, row = r["calibration"], "estimate, both"
     before, after = table.value(row, "ence_before"), table.value(row, "ence_after")
     low, high = table.value(row, "coverage_after_low"), table.value(row, "coverage_after_high")
-    cover = "which the interval allows to be the nine in ten that were promised" if low <= 0.9 <= high else "clearly more than the nine in ten that were promised" if low > 0.9 else "clearly fewer than the nine in ten that were promised"
+    cover = "not told apart from the nine in ten that were promised" if low <= 0.9 <= high else "clearly more than the nine in ten that were promised" if low > 0.9 else "clearly fewer than the nine in ten that were promised"
     rank = told(table.value(row, "rank_correlation_low"), table.value(row, "rank_correlation_high"))
     ranks = {1: "so it knows something of which frames are hard", 0: "not told apart from nothing: it states how large errors are, and <b>not which frames have them</b>", -1: "so it is <b>surer where it errs more</b>"}[rank]
     change = "" if pd.isna(before) else f" It {'falls' if after < before else 'does not fall'} by calibration: before, it was {r.n('calibration', row, 'ence_before')}."
     readouts = [key for key in table.where(axis="both") if key != row]
-    cases = by_case(table, readouts, "rank_correlation_low", "rank_correlation_high")
+    cases = _by_case(table, readouts, "rank_correlation_low", "rank_correlation_high")
     alone = (f" Of the {r.count('calibration', readouts, 'rank_correlation', 'readouts, both axes')} readouts of one modality, stated and actual error clearly correlate in {r.count('calibration', cases[1], 'rank_correlation_low', 'interval above 0')}"
              + (f" ({listed([escape(key.removesuffix(', both')).replace(', stage 0', ' before interaction') if 'stage 0' in key else 'one after interaction' for key in cases[1]])})" if cases[1] else "") + "." if readouts else "")
-    return section("calibration", "Calibration", f"""
+    return _section("calibration", "Calibration", f"""
 <p>Is the stated uncertainty true? <em>In size</em>: sorted into bins by stated variance, stated and actual error differ by {r.n("calibration", row, "ence_after")} {r.ends("calibration", row, "ence_after_low", "ence_after_high")} of the
 stated one on average (ENCE).{change} <em>In coverage</em>: of intervals that should hold nine in ten, {r.n("calibration", row, "coverage_after")} {r.ends("calibration", row, "coverage_after_low", "coverage_after_high")} hold the truth, {cover}.
 <em>In rank</em>: stated and actual error of single frames correlate by {r.n("calibration", row, "rank_correlation")} {r.ends("calibration", row, "rank_correlation_low", "rank_correlation_high")}, {ranks}.{alone}</p>
@@ -699,61 +699,61 @@ stated one on average (ENCE).{change} <em>In coverage</em>: of intervals that sh
 {show(r, "calibration", "Estimate and readouts, in full.", folded=True)}""")
 
 # %% ../nbs/27_report.ipynb #ac4e3909
-def efficiency(r: Results) -> str:
+def _efficiency(r: Results) -> str:
     "What it costs."
     if not r.has("efficiency"):
-        return section("efficiency", "Efficiency", "<p>There is no record of <code>make bench</code>, so what the models cost is not told here.</p>")
+        return _section("efficiency", "Efficiency", "<p>There is no record of <code>make bench</code>, so what the models cost is not told here.</p>")
     table = r["efficiency"]
     rows = [row for row in table.where(configuration="equal") if not row.startswith("sage")]
     slower = [row for row in rows if table.value(row, "ms_step") > table.value("sage, equal", "ms_step")]
     text = (f"<p>A training step of SAGE takes {r.n('efficiency', 'sage, equal', 'ratio', '{:.2f}'.format)} times as long as one of plain concatenation; of the {r.count('efficiency', rows, 'ms_step', 'other models, equal configuration')} "
-             f"other models {r.count('efficiency', slower, 'ms_step', 'a step takes longer than one of SAGE')} {'is' if len(slower) == 1 else 'are'} slower than SAGE. It has {r.n('efficiency', 'sage, equal', 'parameters', grouped)} parameters, {r.n('efficiency', 'sage, equal', 'fusion_parameters', grouped)} of them in fusion and head, at the input sizes of the table.")
+             f"other models {r.count('efficiency', slower, 'ms_step', 'a step takes longer than one of SAGE')} {'is' if len(slower) == 1 else 'are'} slower than SAGE. It has {r.n('efficiency', 'sage, equal', 'parameters', _grouped)} parameters, {r.n('efficiency', 'sage, equal', 'fusion_parameters', _grouped)} of them in fusion and head, at the input sizes of the table.")
     if "tagf, faithful" in table.values.index:
-        text += f" In the lineage’s own sizes TAGF has {r.n('efficiency', 'tagf, faithful', 'parameters', grouped)}, and a step of it takes {r.n('efficiency', 'tagf, faithful', 'ratio', '{:.1f}'.format)} times that of our concatenation."
-    return section("efficiency", "Efficiency", text + " Only ratios carry over to another machine.</p>", show(r, "efficiency", "What every model costs, measured in one run on one thread.", folded=True))
+        text += f" In the lineage’s own sizes TAGF has {r.n('efficiency', 'tagf, faithful', 'parameters', _grouped)}, and a step of it takes {r.n('efficiency', 'tagf, faithful', 'ratio', '{:.1f}'.format)} times that of our concatenation."
+    return _section("efficiency", "Efficiency", text + " Only ratios carry over to another machine.</p>", show(r, "efficiency", "What every model costs, measured in one run on one thread.", folded=True))
 
 
-def replication(r: Results) -> str:
+def _replication(r: Results) -> str:
     "The comparison again on other corpora."
     if not r.has("replication") and not r.has("verdicts"):
-        return section("replication", "On other seeds", "<p>The comparison was not repeated on other corpora; <code>make replicate</code> does it.</p>")
+        return _section("replication", "On other seeds", "<p>The comparison was not repeated on other corpora; <code>make replicate</code> does it.</p>")
     table, judged, text = r["replication"], r["verdicts"], ""
     for corpus in dict.fromkeys(table.values.corpus):
         verdict, concat = f"{corpus}, verdict: criteria that are met", f"{corpus}, concat, equal"
         missed = [row for row in judged.where(corpus=corpus, met="False") if row != verdict]
-        text += f"<p><b>“{escape(corpus)}”.</b> SAGE has {r.n('replication', f'{corpus}, sage, equal', 'p')} {r.ends('replication', f'{corpus}, sage, equal', 'p_low', 'p_high')}. {standing(r, 'replication', corpus=corpus)} "
+        text += f"<p><b>“{escape(corpus)}”.</b> SAGE has {r.n('replication', f'{corpus}, sage, equal', 'p')} {r.ends('replication', f'{corpus}, sage, equal', 'p_low', 'p_high')}. {_standing(r, 'replication', corpus=corpus)} "
         if concat in table.values.index:
             text += f"Its difference to plain concatenation is {r.gain('replication', concat, 'sage_gain')}. "
-        text += (f"Of the criteria for this corpus {r.n('verdicts', verdict, 'measured', grouped)} of {r.text('verdicts', verdict, 'wanted')} are met"
+        text += (f"Of the criteria for this corpus {r.n('verdicts', verdict, 'measured', _grouped)} of {r.text('verdicts', verdict, 'wanted')} are met"
                  + (f"; missed: {listed([r.link(judged.values.at[row, 'criterion'], 'verdicts', row, 'criterion') for row in missed])}.</p>" if missed else ".</p>"))
-    return section("replication", "On other seeds", f"<p>A claim that holds on one corpus may be that corpus’s. So the comparison was made again from nothing on others, of other seeds, with encoders, models and calibration trained anew and no setting chosen "
-                   f"on any of them. A control has no nuisances: there reliability has nothing to win, and must cost nothing ({notebook(r, '40_stage_replicate')}).</p>", text,
+    return _section("replication", "On other seeds", f"<p>A claim that holds on one corpus may be that corpus’s. So the comparison was made again from nothing on others, of other seeds, with encoders, models and calibration trained anew and no setting chosen "
+                   f"on any of them. A control has no nuisances: there reliability has nothing to win, and must cost nothing ({_notebook(r, '40_stage_replicate')}).</p>", text,
                    show(r, "verdicts", "The criteria, on each corpus."), show(r, "replication", "Every model, on each corpus.", folded=True))
 
 
-def criteria_section(r: Results) -> str:
+def _criteria_section(r: Results) -> str:
     "This project's criteria, met or not."
-    met, missed = criteria(r)
+    met, missed = _criteria(r)
     table = r["claims"]
 
     def miss(row: str) -> str:
-        form = grouped if table.values.at[row, "wanted"].removeprefix("≥ ").isdigit() else number
+        form = _grouped if table.values.at[row, "wanted"].removeprefix("≥ ").isdigit() else number
         return f"<li>{r.link(table.values.at[row, 'criterion'], 'claims', row, 'criterion')}: wanted {r.text('claims', row, 'wanted')}, measured {r.n('claims', row, 'measured', form)}</li>"
 
     verdict = f"All {r.count('claims', met, 'met', 'met')} are met.</p>" if not missed else (
         f"{r.count('claims', met, 'met', 'met')} of {r.count('claims', met + missed, 'met', 'all that want something')} are met. Not met:</p><ul>{''.join(map(miss, missed))}</ul>")
-    return section("criteria", "Criteria, met or not", f"<p>What this project set out to show was written down as numbers before the evidence was there. {verdict}", show(r, "claims", "Every criterion.", folded=True))
+    return _section("criteria", "Criteria, met or not", f"<p>What this project set out to show was written down as numbers before the evidence was there. {verdict}", show(r, "claims", "Every criterion.", folded=True))
 
 
-def literature(r: Results) -> str:
+def _literature(r: Results) -> str:
     "What others report."
-    return section("literature", "What others report on Aff-Wild2", "<p>For orientation, results of others, each read at its source and none of them measured here. They are of another corpus than everything above and <b>not comparable</b> with it; "
+    return _section("literature", "What others report on Aff-Wild2", "<p>For orientation, results of others, each with the source that it was read in, and none of them measured here. They are of another corpus than everything above and <b>not comparable</b> with it; "
                    "validation and test do not compare with each other either. SAGE has no row: its numbers are not in its abstract.</p>", show(r, "published", "Concordance that others report on Aff-Wild2."))
 
 # %% ../nbs/27_report.ipynb #70db86fb
-def limits(r: Results) -> str:
+def _limits(r: Results) -> str:
     "What none of this says."
-    met, missed = criteria(r)
+    met, missed = _criteria(r)
     calibrated = r["calibration"]
     blunt = told(calibrated.value("estimate, both", "rank_correlation_low"), calibrated.value("estimate, both", "rank_correlation_high")) <= 0
     points = ["<b>A reconstruction.</b> The paper could be had as its abstract alone. If its stages, its branch or its loss differ from ours, nothing here speaks for or against them."]
@@ -762,15 +762,15 @@ def limits(r: Results) -> str:
                    "<b>No score carries over.</b> Not to Aff-Wild2, not to people. A model trained on the sample is a demonstration."]
     else:
         points.append("<b>One corpus.</b> What holds on this one may be its own; and without known nuisances nobody can say whether reliability falls where it should.")
-    points.append(f"<b>Few trainings.</b> Scores are means over {r.n('comparison', 'sage, equal', 'seeds', grouped)} seed{'s' * (r['comparison'].value('sage, equal', 'seeds') != 1)}; intervals are over people, for these trained models, and say little of another training.")
+    points.append(f"<b>Few trainings.</b> Scores of the comparison are means over {r.n('comparison', 'sage, equal', 'seeds', _grouped)} seed{'s' * (r['comparison'].value('sage, equal', 'seeds') != 1)}; intervals are over people, for these trained models, and say little of another training.")
     if blunt:
-        points.append("<b>Which frames are hard.</b> The variance of the estimate is right in size, if it is, without knowing single frames (<a href='#calibration'>calibration</a>).")
+        points.append("<b>Which frames are hard.</b> The variance of the estimate says how large errors are on the whole, and not which frames have them (<a href='#calibration'>calibration</a>).")
     if missed:
         points.append(f"<b>Criteria missed.</b> {r.count('claims', missed, 'met', 'not met')} of our own (<a href='#criteria'>above</a>).")
-    return section("limits", "Limits", f"<ul>{''.join(f'<li>{point}</li>' for point in points)}</ul>")
+    return _section("limits", "Limits", f"<ul>{''.join(f'<li>{point}</li>' for point in points)}</ul>")
 
 # %% ../nbs/27_report.ipynb #44d4f47f
-def chain(r: Results, provenance: dict | None) -> dict[str, dict]:  # stage -> its record
+def _chain(r: Results, provenance: dict | None) -> dict[str, dict]:  # stage -> its record
     "Every stage behind the tables and figures. Two records of one stage that differ raise `DataError`."
     stages = {}
     for path, about in [*((f"{table.path}.csv", table.about) for table in r.tables.values()), *((r.folder / f"figures/{name}.svg", about) for name, about in r.pictures.items())]:
@@ -780,7 +780,7 @@ def chain(r: Results, provenance: dict | None) -> dict[str, dict]:  # stage -> i
     return stages | stage_records(provenance)
 
 
-def runs_text(runs: list[str]) -> str:
+def _runs_text(runs: list[str]) -> str:
     "Runs in short: names with their seeds."
     groups = {}
     for run in runs:
@@ -791,7 +791,7 @@ def runs_text(runs: list[str]) -> str:
     return "; ".join(f"{label} {', '.join(seeds)}" for label, seeds in groups.items()) or "–"
 
 
-FOLDERS = {".ipynb": "nbs/", ".py": "sage_nb/"}  # of a stage's code
+_FOLDERS = {".ipynb": "nbs/", ".py": "sage_nb/"}  # of a stage's code
 
 
 def _entries(table: Table, notes: dict) -> dict[str, dict]:  # id -> text, rows, column, how, value, stage, runs, seeds
@@ -807,13 +807,13 @@ def _entries(table: Table, notes: dict) -> dict[str, dict]:  # id -> text, rows,
     return found
 
 
-def appendix(r: Results, stages: dict[str, dict]) -> str:
+def _appendix(r: Results, stages: dict[str, dict]) -> str:
     "Entries by table, then the chain of stages."
     parts = []
     for name, notes in r.notes.items():
         table = r[name]
-        rows = "".join(f'<tr id="{id}"><th scope=row class=l>{shown(entry["text"])}</th><td class=l>{shown("; ".join(entry["rows"]))}</td><td class=l>{escape(entry["column"])}</td>'
-                       f'<td class=l>{shown(entry["how"] or entry["value"])}</td><td class=l>{escape(runs_text(entry["runs"]))}</td></tr>\n' for id, entry in _entries(table, notes).items())
+        rows = "".join(f'<tr id="{id}"><th scope=row class=l>{_shown(entry["text"])}</th><td class=l>{_shown("; ".join(entry["rows"]))}</td><td class=l>{escape(entry["column"])}</td>'
+                       f'<td class=l>{_shown(entry["how"] or entry["value"])}</td><td class=l>{escape(_runs_text(entry["runs"]))}</td></tr>\n' for id, entry in _entries(table, notes).items())
         made = f'<a href="#stage-{table.stage}">{table.stage}</a>' if table.stage in stages else table.stage
         folder = f"{table.path.parent.name}/{name}"
         parts.append(f'<h4 id="source-{name}">{name.replace("_", " ")}</h4><p class="files"><a href="{folder}.csv">csv</a>, hash <code>{content_hash(f"{table.path}.csv")}</code> · every cell in '
@@ -824,16 +824,16 @@ def appendix(r: Results, stages: dict[str, dict]) -> str:
         inputs = "".join(f"<li><code>{value['hash']}</code> {escape(path)}" + (f', made by <a href="#stage-{value["made_by"]}">{value["made_by"]}</a>' if value.get("made_by") in stages else "") + "</li>"
                          for path, value in sorted(record["inputs"].items()))
         files = record["code"] | record["environment"]
-        code = "".join(f'<li><code>{value}</code> <a href="{r.root}/{FOLDERS.get(Path(name).suffix, "")}{name}">{name}</a></li>' for name, value in sorted(files.items()))
+        code = "".join(f'<li><code>{value}</code> <a href="{r.root}/{_FOLDERS.get(Path(name).suffix, "")}{name}">{name}</a></li>' for name, value in sorted(files.items()))
         links.append(f'<details class="stage-record" id="stage-{stage}"><summary>{stage}</summary><p>Reads</p><ul>{inputs or "<li>nothing</li>"}</ul><p>Parameters</p>'
                      f'<pre>{escape(json.dumps(record["parameters"], sort_keys=True, ensure_ascii=False))}</pre><p>Code and environment</p><ul>{code}</ul></details>\n')
     told = (f"Stages of the pipeline behind these tables and figures, with hashes of what each has read and of its code. <code>make repro</code> runs them, <code>make verify</code> compares their results with what is committed "
-            f"({notebook(r, '28_pipeline')})." if stages else "These results were not made by the pipeline, so no chain of stages stands behind them.")
-    return section("provenance", "Where every number comes from", "<p>Each link in the text leads here. A run’s own record (options, settings, seed, fingerprint) is in the provenance file of its table.</p>", *parts,
+            f"({_notebook(r, '28_pipeline')})." if stages else "These results were not made by the pipeline, so no chain of stages stands behind them.")
+    return _section("provenance", "Where every number comes from", "<p>Every number in the text is a link that leads here. A run’s own record (options, settings, seed, fingerprint) is in the provenance file of its table.</p>", *parts,
                    f'<h3 id="chain">The chain</h3><p>{told}</p>', *links)
 
 # %% ../nbs/27_report.ipynb #e0a491a4
-STYLE = """
+_STYLE = """
 :root{--page:#fdfdfb;--ink:#1d2126;--soft:#5b6470;--line:#d9dde2;--card:#f4f5f2;--link:#0b5cad;--visual:#d3ece3;--audio:#f3dcea;--trust:#fbe3d3;--trust-line:#b34a00;--frozen:#e9ebee;--own:#e8f1fa;--good:#0b6b4f;color-scheme:light}
 @media (prefers-color-scheme:dark){:root{--page:#1b1b1c;--ink:#e4e6e8;--soft:#a0a9b4;--line:#343b44;--card:#1d2228;--link:#7db8f5;--visual:#164538;--audio:#4a2a40;--trust:#4a2c17;--trust-line:#f0924e;--frozen:#2a3038;--own:#1b2e42;--good:#66c7a5;color-scheme:dark}
 img.plot{filter:invert(.91) hue-rotate(180deg) brightness(1.18);mix-blend-mode:normal!important}}
@@ -871,7 +871,7 @@ a.n:hover,a.n:focus{color:var(--link);background:var(--own)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin:1.6rem 0;max-width:none}
 .tile{background:var(--card);border-radius:8px;padding:1rem 1.1rem;display:flex;flex-direction:column}
 .tile b{font-size:1.9rem;line-height:1.2;font-weight:650}
-.tile i{font-style:normal;color:var(--soft);font-size:.92rem}
+.tile>i{font-style:normal;color:var(--soft);font-size:.92rem}
 .tile span{margin-top:.5rem;font-size:.92rem;line-height:1.35}
 .tile a.n{text-decoration:none}
 .note{font-size:.92rem;color:var(--soft);line-height:1.5}
@@ -927,14 +927,14 @@ svg .dot{fill:var(--ink)}svg .gate-dot{fill:var(--trust-line)}
 svg .trust-text,svg text[text-anchor=end]{text-anchor:end}svg text[text-anchor=start]{text-anchor:start}
 @media (min-width:72rem){.page{display:grid;grid-template-columns:13rem minmax(0,1fr);column-gap:3.5rem}header{grid-column:2}nav{grid-column:1;grid-row:2;position:sticky;top:2.5rem;align-self:start;margin:0;max-height:calc(100vh - 4rem);overflow:auto}nav ol{columns:1}main{grid-column:2}}
 @media (max-width:34rem){.page{padding:0 1rem 3rem}header{padding-top:2.2rem}body{font-size:1.02rem}h2{margin-top:3.2rem;font-size:1.45rem}.tiles{grid-template-columns:1fr 1fr}.tile{padding:.8rem}.tile b{font-size:1.5rem}}
-@media (max-width:40rem){tbody th{min-width:7rem;max-width:9rem}}
+@media (max-width:40rem){tbody th{min-width:7rem;max-width:9rem}.scroll>table,table.entries{width:max-content}td.l{max-width:15rem}}
 @media print{:root{--page:#fff;--ink:#000;--soft:#444;--line:#bbb;--card:#f3f3f3;--link:#000;--own:#eef3f8}html{font-size:9.6pt}body{font-size:1rem;line-height:1.45}.page{display:block;padding:0;max-width:none}nav,summary{display:none}details::details-content{content-visibility:visible;display:block;height:auto;opacity:1}
 figcaption{break-after:auto}img.plot,svg.drawing{min-width:0;max-width:100%;break-inside:avoid}.scroll{overflow:visible}table,table.entries{font-size:6.6pt;width:100%}pre{font-size:6.4pt}th,td{padding:.12rem .25rem;white-space:normal}tbody th{position:static;min-width:0}td.l{min-width:0}thead{display:table-header-group}tr{break-inside:avoid}h2,h3,h4{break-after:avoid}h2{margin-top:1.6rem}pre{max-height:none}a.n{text-decoration:none}.tiles{grid-template-columns:repeat(4,1fr)}section>*,header,figcaption,footer,.banner{max-width:none}}
 @page{margin:16mm 15mm}
 """
 
 # %% ../nbs/27_report.ipynb #5d17ca21
-SECTIONS = (claim, method, data, results, ablations, robustness, reliability, calibration, efficiency, replication, criteria_section, literature, limits)
+_SECTIONS = (_claim, _method, _data, _results, _ablations, _robustness, _reliability, _calibration, _efficiency, _replication, _criteria_section, _literature, _limits)
 
 
 def write_report(
@@ -945,10 +945,10 @@ def write_report(
 ) -> Path:  # of the page
     "Write the report. A missing table or figure, or results that are not of one piece, raise `DataError`."
     r = Results(results, root)
-    sections = "".join(write(r) for write in SECTIONS)
-    stages = chain(r, provenance)
-    title, notice = "Who can be trusted when: stage\u2011adaptive reliability for valence and arousal from face and voice", measured_on(r)
-    body = (sections + appendix(r, stages)).replace(' <span class="tag', '\u00a0<span class="tag')  # the appendix knows all that was asked for by now; a mark stays with its word
+    sections = "".join(write(r) for write in _SECTIONS)
+    stages = _chain(r, provenance)
+    title, notice = "Who can be trusted when: stage\u2011adaptive reliability for valence and arousal from face and voice", _measured_on(r)
+    body = (sections + _appendix(r, stages)).replace(' <span class="tag', '\u00a0<span class="tag')  # the appendix knows all that was asked for by now; a mark stays with its word
     contents = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text in re.findall(r'<section id="(\w+)">\n<h2><a href="#\w+">(.*?)</a>', body))
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -958,7 +958,7 @@ def write_report(
 <meta name="color-scheme" content="light dark">
 <title>SAGE, reconstructed: a report on {escape(r.set["corpus"])}</title>
 <link rel="icon" href="data:,">
-<style>{STYLE}</style>
+<style>{_STYLE}</style>
 </head>
 <body>
 <div class="page">
@@ -971,7 +971,7 @@ def write_report(
 <main>
 <p class="banner">{notice}</p>
 {body}
-<footer><p>Cite the paper that is reconstructed {CITE}, and this software by <a href="{root}/CITATION.cff">CITATION.cff</a>. The page is made by {notebook(r, "27_report", "the notebook of the report")} in the last stage of
+<footer><p>Cite the paper that is reconstructed, {_CITE}, and this software by <a href="{root}/CITATION.cff">CITATION.cff</a>. The page is made by {_notebook(r, "27_report", "the notebook of the report")} in the last stage of
 <code>make repro</code>; its entries and chain for programs are in <a href="report.provenance.json">report.provenance.json</a>.</p></footer>
 </main>
 </div>
