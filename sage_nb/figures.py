@@ -466,12 +466,12 @@ def ablation_figure(
         colour = BLUE if row.gain_high < 0 else VERMILION if row.gain_low > 0 else "0.35"
         panel.hlines(y, row.gain_low, row.gain_high, color=colour, lw=1.2)
         panel.plot(row.gain, y, "s" if row.gain_low > 0 else "o", color=colour, ms=4.2, mew=1, mfc="white" if row.gain_low <= 0 <= row.gain_high else colour)
-        panel.annotate(f"{row.p:.3f}", (1, y), xycoords=panel.get_yaxis_transform(), xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
-    panel.annotate("$P$", (1, -1), xycoords=panel.get_yaxis_transform(), xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
+        panel.annotate(f"{row.gain:+.3f}".replace("-", "−"), (1, y), xycoords=panel.get_yaxis_transform(), xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
     panel.axvline(0, color=BLACK, lw=0.7)
-    panel.annotate(f"SAGE, {table.p.iloc[0]:.3f}", (0, -1), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", annotation_clip=False, color=BLUE)
+    panel.annotate("SAGE of the same seeds", (0, -1), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", annotation_clip=False, color=BLUE)
     _name_rows(panel, list(rows.changed), list(range(len(rows))), [])
     panel.set(xlabel="$P$ of the ablation less $P$ of SAGE (95 % interval)", ylim=(len(rows) - 0.4, -1.5))
+    panel.xaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 # %% ../nbs/21_figures.ipynb #0f6e4426
@@ -838,8 +838,8 @@ def write_figures(
         entries(models, ("p",), ("sage_gain",)))
     ablations = ablation(found, configuration, resamples, seed)
     if ablations.gain.notna().any():
-        add("ablation", ablation_figure(ablations), f"P of each variant and ablation of SAGE less P of SAGE on the seeds that both have; on the right P itself. {about} {drawn} "
-            "Filled: the interval excludes 0.", entries(ablations.model, ("p",), ("gain",)))
+        add("ablation", ablation_figure(ablations), f"P of each variant and ablation of SAGE less P of SAGE on the seeds that both have; on the right in figures. {about} {drawn} "
+            "Filled: the interval excludes 0.", entries(ablations.model, (), ("gain",)))
     if (found.folder / "robustness.parquet").is_file():
         curves, suite = robustness_curves(found), read_table(found.folder / "robustness.parquet", ["run"])  # it may have been asked of fewer seeds
         tested = [model for model in models if model in set(curves.model)]

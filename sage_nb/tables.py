@@ -314,7 +314,7 @@ def published() -> pd.DataFrame:  # texts
 
 
 PUBLISHED_CAPTION = (  # of the table of `PUBLISHED`
-    "CCC that others report on Aff-Wild2, each confirmed at its source; “mean” is that of valence and arousal. On another corpus than every other table here, "
+    "CCC that others report on Aff-Wild2, each read at its source, or in the paper that quotes it; “mean” is that of valence and arousal. On another corpus than every other table here, "
     "and not comparable with them. Validation and test differ in difficulty; most entries were selected on the validation set that they report, with post-processing and outside "
     "data of their own; sets differ between years. V: visual, A: audio, T: text.")
 
