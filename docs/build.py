@@ -34,6 +34,24 @@ def sources(path: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
 
 
+def reading_minutes(path: Path) -> tuple[float, float]:
+    "Minutes for prose and demonstrations, and for exported code, at 220 words or 40 lines of code a minute; hidden cells are not counted."
+    words, shown, exported = 0, 0, 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        directives = set(re.findall(r"(?m)^#\| *(\w+)", source))
+        lines = sum(bool(line.strip()) and not line.startswith("#|") for line in source.splitlines())
+        if cell["cell_type"] == "markdown":
+            prose, *blocks = re.sub(r"(?s)```.*?```", "", source), *re.findall(r"(?s)```.*?```", source)
+            words += len(prose.split())
+            shown += sum(len(block.splitlines()) - 2 for block in blocks)
+        elif "export" in directives:
+            exported += lines
+        elif cell["cell_type"] == "code" and not directives & (HIDDEN | {"echo"}):
+            shown += lines
+    return words / 220 + shown / 40, exported / 40
+
+
 def execution_key(root: Path, path: Path) -> str:
     "What a notebook's outputs depend on: its source, the modules it reaches, the environment; and results and runs, or the whole package, if it names them."
     cells, package = sources(path), root / "sage_nb"
@@ -121,7 +139,8 @@ def _still(output: dict) -> dict | None:
 
 
 def _lead(path: Path, copy: Path | None, api: str | None) -> str:
-    parts = [f"Notebook `nbs/{path.name}`"]
+    minutes, more = map(round, reading_minutes(path))
+    parts = [f"Notebook `nbs/{path.name}`", f"{max(minutes, 1)} min to read" + (f" and {more} min for its exported code" if more else "")]
     if api:
         parts.append(f"reference of its module: [sage_nb.{api}](api/{api}.md)")
     if is_stage(path) and copy is None:

@@ -19,7 +19,7 @@ __all__ = ['AXES', 'MOMENTS', 'TRUTH', 'SIGNALS', 'LABELS', 'REFERENCES', 'ORDER
            'COMPARISON', 'TASKS', 'write_table', 'read_table', 'frame_table', 'read_truth', 'stage_records', 'cell',
            'write_provenance', 'corpus_name', 'signal_table', 'evaluate_runs', 'Evidence', 'read_evidence',
            'is_variant', 'describe', 'simulate_evidence', 'frame_scores', 'run_scores', 'reference_predictions',
-           'conventions', 'moving_average', 'choose_window', 'model_keys', 'comparison', 'variant_differences',
+           'conventions', 'smooth_predictions', 'choose_window', 'model_keys', 'comparison', 'variant_differences',
            'ablation', 'truth_masks', 'reliability_frames', 'reliability_auroc', 'reliability_by', 'meter_features',
            'fit_meter', 'detection', 'calibration']
 
@@ -345,7 +345,7 @@ _SIMULATED = {  # label -> base, kind, shares of both modalities (None = by the 
     "sage_no_calibration": ("sage", "comparison", None, 0.06, 0.2)}
 
 
-def _wander(rng: np.random.Generator, frames: int, *shape: int) -> np.ndarray:  # [frames, *shape], unit variance
+def _smooth_noise(rng: np.random.Generator, frames: int, *shape: int) -> np.ndarray:  # [frames, *shape], unit variance
     path = np.apply_along_axis(np.convolve, 0, rng.normal(size=(frames + 120, *shape)), _SMOOTH, "valid")
     return path / np.sqrt((_SMOOTH**2).sum())
 
@@ -366,11 +366,11 @@ def _simulate_trials(rng: np.random.Generator, prefix: str, trials: int, frames:
         visual, audio = (spans(names, 3 if i else 0) for names in (["hand", "darkness", "out_of_frame"], ["babble", "silence"]))
         ok = np.stack([visual != "out_of_frame", np.full(frames, i != 1)], 1)
         noise = np.stack([0.25 + 0.2 * (phase == "speak") + 0.9 * (visual != ""), 0.35 + 0.5 * (phase != "speak") + 0.7 * (audio != "")], 1)
-        va = np.tanh(0.35 * rng.normal(size=2) + 0.3 * _wander(rng, frames, 2))
+        va = np.tanh(0.35 * rng.normal(size=2) + 0.3 * _smooth_noise(rng, frames, 2))
         energy = np.stack([0.5 - 0.3 * (visual == "darkness"), -30 + 4 * (audio == "babble") - 8 * (audio == "silence")], 1)
         cues = np.zeros((frames, len(CUES)), np.float32)
-        cues[:, [CUES.index(cue) for cue in SIGNALS.values()]] = np.where(ok, energy + np.multiply([0.1, 3], _wander(rng, frames, 2)), np.nan)
-        seen = np.where(ok[..., None], va[:, None] + 0.5 * noise[..., None] * _wander(rng, frames, 2, 2), 0)
+        cues[:, [CUES.index(cue) for cue in SIGNALS.values()]] = np.where(ok, energy + np.multiply([0.1, 3], _smooth_noise(rng, frames, 2)), np.nan)
+        seen = np.where(ok[..., None], va[:, None] + 0.5 * noise[..., None] * _smooth_noise(rng, frames, 2, 2), 0)
         sequence = Sequence(f"{prefix}{i:02d}", np.zeros((frames, 1)), np.zeros((frames, 1)), va, *ok.T, np.arange(frames) >= 10,
                             cues, f"{prefix}subject{i // 2:02d}")
         side = pd.DataFrame(dict(trial=sequence.id, frame=np.arange(1, frames + 1, dtype=np.int32), phase=phase, visual_nuisance=visual, audio_nuisance=audio))
@@ -383,12 +383,12 @@ def _simulate_prediction(rng: np.random.Generator, trial: tuple, share: tuple | 
     ok, T = np.stack([sequence.visual_ok, sequence.audio_ok], 1), len(sequence)
     weight = ok / noise**2 if share is None else np.broadcast_to(share, ok.shape)
     weight = weight / np.maximum(weight.sum(1, keepdims=True), 1e-6)
-    va = np.clip((weight[..., None] * seen).sum(1) + error * _wander(rng, T, 2), -1, 1)
+    va = np.clip((weight[..., None] * seen).sum(1) + error * _smooth_noise(rng, T, 2), -1, 1)
     if share is not None:
         return Prediction(sequence.id, va)
     variance = (0.25 * (weight * noise) ** 2).sum(1, keepdims=True).repeat(2, 1) + error**2
     variance[~ok.any(1)] = 0.2
-    doubt = (noise[..., None] / 0.6) ** 2 * np.exp(0.8 * _wander(rng, T, 2, 1) - 0.2 * np.arange(stages))
+    doubt = (noise[..., None] / 0.6) ** 2 * np.exp(0.8 * _smooth_noise(rng, T, 2, 1) - 0.2 * np.arange(stages))
     alone = np.broadcast_to(2 * np.log(0.5 * noise)[..., None, None], (T, 2, stages, 2))
     return Prediction(sequence.id, va, np.log(variance), 1 / (1 + doubt), 2 * weight[..., None] * np.full(stages, 1 / stages),
                       np.log(variance) - 1, 1.645 * np.sqrt(variance), np.repeat(seen[:, :, None], stages, 2), alone, 0.6 * alone - 1)
@@ -403,7 +403,7 @@ def _simulate_robustness(rng: np.random.Generator, table: pd.DataFrame, share: t
     rows = []
     for condition in conditions():
         heard = 2 * dict(zip(MODALITIES, share)).get(condition.modality, min(share))
-        worse = said + heard * harm * condition.severity / 3 * _wander(rng, len(said), 2)
+        worse = said + heard * harm * condition.severity / 3 * _smooth_noise(rng, len(said), 2)
         for group, chosen in groups.items():
             sums = moments(worse, truth, chosen)
             rows.append(condition._asdict() | dict(group=group) | {f"{name}_{axis}": sums[i, j] for i, axis in enumerate(AXES) for j, name in enumerate(MOMENTS)})
@@ -515,7 +515,7 @@ def conventions(
 SMOOTHING = (1, 9, 25, 45, 75, 121, 181, 271, 401)  # frames
 
 
-def moving_average(
+def smooth_predictions(
     values: np.ndarray,  # [..., N, D]
     trials: np.ndarray,  # [N] the trial of each frame; a trial's frames lie together
     window: int,  # frames, odd
@@ -536,7 +536,7 @@ def choose_window(
     trials: np.ndarray,  # [N]
 ) -> int:  # one of SMOOTHING
     "The window whose moving average has the best P, averaged over seeds."
-    return SMOOTHING[int(np.argmax([np.mean([va_scores(run, truth, valid)["p"] for run in moving_average(pred, trials, window)]) for window in SMOOTHING]))]
+    return SMOOTHING[int(np.argmax([np.mean([va_scores(run, truth, valid)["p"] for run in smooth_predictions(pred, trials, window)]) for window in SMOOTHING]))]
 
 # %% ../nbs/16_evaluation.ipynb #47e8d9b9
 def model_keys(
@@ -608,7 +608,7 @@ def comparison(
             row |= dict(dev_p=runs.dev_p.mean(), parameters=runs.parameters.iloc[0])
             if choosing is not None:
                 window = choose_window(_said(evidence, runs, choosing, "dev"), *_arrays(choosing)[1:], choosing.trial.factorize()[0])
-                smoothed = moving_average(said, trials, window)
+                smoothed = smooth_predictions(said, trials, window)
                 row |= dict(window=window, p_smoothed=np.mean([va_scores(run, truth, valid)["p"] for run in smoothed]))
         rows.append(row)
     table = pd.DataFrame(rows).reindex(columns=COMPARISON)

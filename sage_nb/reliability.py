@@ -11,7 +11,7 @@ from .core import DataError, Sequence
 from .interaction import TemporalConv
 
 # %% auto #0
-__all__ = ['Readouts', 'label_variance', 'Judge', 'StageAdaptiveReliability', 'Confidence', 'soft_clamp', 'moving_average',
+__all__ = ['Readouts', 'Judge', 'soft_clamp', 'label_variance', 'masked_moving_average', 'StageAdaptiveReliability', 'Confidence',
            'fit_calibration']
 
 # %% ../nbs/07_reliability.ipynb #5f04446e
@@ -31,13 +31,6 @@ class Readouts(nn.Module):
         return torch.stack([torch.tanh(read(x)) for read, x in zip(self.maps[stage], states)], -2)
 
 # %% ../nbs/07_reliability.ipynb #1f73ff4d
-def label_variance(
-    sequences: list[Sequence],  # the training set
-) -> Tensor:  # [2] of valence and of arousal
-    "Variance of the labels, over labelled frames."
-    return torch.cat([torch.as_tensor(s.va[s.valid]) for s in sequences]).double().var(0, correction=0)
-
-
 class Judge(nn.Module):
     "Log variances of one modality's readouts at all stages, from how it is observed."
 
@@ -63,6 +56,31 @@ class Judge(nn.Module):
         return self.log_var(x).unflatten(-1, (-1, 2))
 
 
+def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
+    "Bound `x`, of any shape, to (low, high), smoothly, so that a gradient is left everywhere."
+    return high - F.softplus(high - (low + F.softplus(x - low)))
+
+# %% ../nbs/07_reliability.ipynb #dede4d95
+def label_variance(
+    sequences: list[Sequence],  # the training set
+) -> Tensor:  # [2] of valence and of arousal
+    "Variance of the labels, over labelled frames."
+    return torch.cat([torch.as_tensor(s.va[s.valid]) for s in sequences]).double().var(0, correction=0)
+
+
+def masked_moving_average(
+    x: Tensor,  # [B, T, M]
+    mask: Tensor,  # [B, T, M] bool, what counts
+    width: int,  # frames
+    causal: bool = False,  # over the past only
+) -> Tensor:  # [B, T, M]
+    "Mean over a window in time of the values that count; 0 where none does."
+    before = width - 1 if causal else (width - 1) // 2
+    both = torch.stack([torch.where(mask, x, 0.0), mask.to(x.dtype)]).movedim(2, -1).flatten(0, 2)  # [2*B*M, T]
+    total, count = F.avg_pool1d(F.pad(both, (before, width - 1 - before))[:, None], width, 1)[:, 0].chunk(2)
+    return (total / count.clamp(min=1e-6)).view(x.shape[0], x.shape[2], -1).movedim(-1, 1)
+
+# %% ../nbs/07_reliability.ipynb #ede897ad
 class StageAdaptiveReliability(nn.Module):
     "Predicts the log variance of each modality's readout error at every stage; holds its calibration and turns variance into evidence."
 
@@ -130,7 +148,7 @@ class StageAdaptiveReliability(nn.Module):
         ratio = self.label_variance / log_var.exp()
         both = torch.stack([(ratio - 1).clamp(min=self.floor), ratio]).log().mean(-1)  # [2, B, T, M, S]
         counts = ok[..., None].expand_as(both)
-        smoothed = moving_average(both.flatten(0, 1).flatten(2), counts.flatten(0, 1).flatten(2), self.smooth, self.causal).view_as(both)
+        smoothed = masked_moving_average(both.flatten(0, 1).flatten(2), counts.flatten(0, 1).flatten(2), self.smooth, self.causal).view_as(both)
         return smoothed[0], torch.sigmoid(smoothed[1].detach()) * ok[..., None]
 
     @torch.no_grad()
@@ -157,7 +175,7 @@ class StageAdaptiveReliability(nn.Module):
             if counts[:, m].any():
                 self.centre[m] = evidence[counts[:, m], m].median(0).values
 
-
+# %% ../nbs/07_reliability.ipynb #07debe12
 class Confidence(nn.Module):
     "Turns centred evidence into trust in a sender and into fusion weights."
 
@@ -202,25 +220,7 @@ class Confidence(nn.Module):
             return modality[..., None]
         return modality[..., None] * torch.softmax(self.alpha_stage * evidence, -1)
 
-
-def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
-    "Bound `x`, of any shape, to (low, high), smoothly, so that a gradient is left everywhere."
-    return high - F.softplus(high - (low + F.softplus(x - low)))
-
-
-def moving_average(
-    x: Tensor,  # [B, T, M]
-    mask: Tensor,  # [B, T, M] bool, what counts
-    width: int,  # frames
-    causal: bool = False,  # over the past only
-) -> Tensor:  # [B, T, M]
-    "Mean over a window in time of the values that count; 0 where none does."
-    before = width - 1 if causal else (width - 1) // 2
-    both = torch.stack([torch.where(mask, x, 0.0), mask.to(x.dtype)]).movedim(2, -1).flatten(0, 2)  # [2*B*M, T]
-    total, count = F.avg_pool1d(F.pad(both, (before, width - 1 - before))[:, None], width, 1)[:, 0].chunk(2)
-    return (total / count.clamp(min=1e-6)).view(x.shape[0], x.shape[2], -1).movedim(-1, 1)
-
-# %% ../nbs/07_reliability.ipynb #dede4d95
+# %% ../nbs/07_reliability.ipynb #cb8151ff
 def fit_calibration(
     log_var: Tensor,  # [N, ...] predicted log variances
     error: Tensor,  # [N, ...] errors that were made

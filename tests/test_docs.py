@@ -209,10 +209,23 @@ def test_a_page_of_a_notebook_shows_what_readers_need(tmp_path):
     node["cells"][3]["outputs"] = [dict(output_type="display_data", data=data, metadata={}) for data in (widget, {"image/png": "x", "text/plain": "figure"})]
     path.write_text(json.dumps(node))
     title, code, shown = build.page(tmp_path, path, None, "toy")["cells"]
-    assert title["source"] == ("# Toy\n\n*Notebook `nbs/00_toy.ipynb`; reference of its module: [sage_nb.toy](api/toy.md)*\n"
+    assert title["source"] == ("# Toy\n\n*Notebook `nbs/00_toy.ipynb`; 1 min to read; reference of its module: [sage_nb.toy](api/toy.md)*\n"
                                "See [SAGE](11_sage.ipynb) and [results](results/tables/claims.md).\n")
     assert code["source"] == "def toy(): pass\n"
     assert [list(output["data"]) for output in shown["outputs"]] == [["image/png", "text/plain"]]  # the picture under the widget
+
+
+def test_minutes_count_prose_and_shown_code_apart_from_exported_code(tmp_path):
+    path = toy(tmp_path, "# Toy\n" + "word " * 218 + "\n```\n" + "make\n" * 10 + "```\n", "#| hide\n" + "x = 1\n" * 99, "#| export\n" + "y = 1\n\n" * 100, "z = 1\n" * 30, "#| echo: false\nz\n")
+    assert build.reading_minutes(path) == (2, 2.5)
+    assert "; 2 min to read and 2 min for its exported code*" in build.page(tmp_path, path, None, None)["cells"][0]["source"]
+
+
+def test_notebooks_read_as_fast_as_the_index_says():
+    paths = sorted((ROOT / "nbs").glob("*.ipynb"))
+    minutes = [build.reading_minutes(path)[0] for path in paths]
+    assert not [path.name for path, reading in zip(paths, minutes) if round(reading) > 15]
+    assert sum(reading < 7.5 for reading in minutes) > len(paths) / 2
 
 
 @pytest.mark.parametrize("tex, mathml", [

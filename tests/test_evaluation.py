@@ -7,8 +7,8 @@ import pytest
 
 from sage_nb.core import DataError, Sequence, read_json, write_arrays, write_json
 from sage_nb.evaluation import (REFERENCES, SMOOTHING, VARIANTS, ablation, calibration, comparison, conventions, describe, detection, evaluate_runs,
-                                fit_meter, is_variant, meter_features, moving_average, read_evidence, read_table, reliability_auroc, reliability_by, run_scores,
-                                simulate_evidence, truth_masks, variant_differences, write_table)
+                                fit_meter, is_variant, meter_features, read_evidence, read_table, reliability_auroc, reliability_by, run_scores,
+                                simulate_evidence, smooth_predictions, truth_masks, variant_differences, write_table)
 from sage_nb.features import CUES
 from sage_nb.metrics import ence, holm
 
@@ -196,7 +196,7 @@ def test_smoothing_is_chosen_on_dev_and_nowhere_else(tmp_path):
 def test_the_grid_of_windows_holds_none_and_is_odd():
     assert SMOOTHING[0] == 1 and all(window % 2 for window in SMOOTHING) and list(SMOOTHING) == sorted(set(SMOOTHING))
     values = np.arange(12.0).reshape(2, 6, 1)
-    assert moving_average(values, np.array([0, 0, 0, 0, 1, 1]), 3)[1, :, 0].tolist() == [6.5, 7, 8, 8.5, 10.5, 10.5]
+    assert smooth_predictions(values, np.array([0, 0, 0, 0, 1, 1]), 3)[1, :, 0].tolist() == [6.5, 7, 8, 8.5, 10.5, 10.5]
 
 
 def test_ablation_compares_shared_seeds(tmp_path):
