@@ -21,6 +21,7 @@ from sage_nb import core, pipeline
 from sage_nb.core import DataError
 
 LINK = re.compile(r'(\]\(|src="|href=")(?![a-z]+:|#)([^)"\s]+)')  # to another file
+REPORT = "results/report.html"
 HIDDEN = {"hide", "default_exp"}  # directives of cells that are not shown
 
 
@@ -116,6 +117,7 @@ def page(root: Path, path: Path, copy: Path | None, api: str | None) -> dict:
         source = re.sub(r"(?m)^#\|.*\n?", "", source)
         if cell["cell_type"] == "markdown":
             source = LINK.sub(lambda match: match[1] + os.path.normpath(f"nbs/{match[2]}").removeprefix("nbs/"), source)
+            source = re.sub(rf"\[([^\]]*)\]\(({REPORT})\)", r'<a href="\2">\1</a>', source)  # a page of its own, which Sphinx does not know
             if not titled:
                 source, titled = re.sub(r"\A(# .*)\n?", lambda match: f"{match[1]}\n\n{_lead(path, copy, api)}\n", source), True
         else:
@@ -210,7 +212,7 @@ def _overview(modules: dict[str, Module]) -> str:
 
 def _bring(root: Path, source: Path, name: str) -> None:
     "Copy a file that is linked to. A table in Markdown becomes a page."
-    if name.startswith("nbs/") or not (root / name).is_file():
+    if name.startswith("nbs/") or name == REPORT or not (root / name).is_file():
         return
     to = source / name
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +220,17 @@ def _bring(root: Path, source: Path, name: str) -> None:
         core.write_text(to, f"---\norphan: true\n---\n# {name}\n\n{(root / name).read_text(encoding='utf-8')}")
     else:
         shutil.copy(root / name, to)
+
+
+def add_report(root: Path, site: Path) -> None:
+    "Put the report into the site, with what it links to; what it says of a notebook leads to that notebook's page."
+    text = (root / REPORT).read_text(encoding="utf-8")
+    for link in {urlsplit(link).path for link in _Page(text).links if not urlsplit(link).scheme} - {""}:
+        file = os.path.normpath(os.path.join(os.path.dirname(REPORT), unquote(link)))
+        if not file.startswith("nbs/") and (root / file).is_file():
+            (site / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / file, site / file)
+    core.write_text(site / REPORT, re.sub(r'href="\.\./nbs/(\w+)\.ipynb', r'href="../\1.html', text))
 
 
 def _add_contents(source: Path, notebooks: list[Path]) -> None:
@@ -284,7 +297,7 @@ def build(root: Path, site: Path, run: bool = True, workers: int = 0) -> list[st
     copies = executed(root, notebooks, workers) | stage_copies(root) if run else {}
     source = root / ".work/docs/source"
     write_source(root, source, copies)
-    made_of, record = core.content_hash(source, root / "docs", root / "sage_nb", root / "requirements.lock"), root / ".work/docs/site.json"
+    made_of, record = core.content_hash(source, root / "docs", root / "sage_nb", root / "results", root / "requirements.lock"), root / ".work/docs/site.json"
     if site.is_dir() and record.is_file() and core.read_json(record)["made_of"] == made_of:
         return check_links(site)[1]
     with core.whole(site) as made:
@@ -293,6 +306,8 @@ def build(root: Path, site: Path, run: bool = True, workers: int = 0) -> list[st
         if done.returncode:
             raise DataError("docs: Sphinx found faults, see above; mend them and run again")
         (made / ".buildinfo").unlink(missing_ok=True)
+        if (root / REPORT).is_file():
+            add_report(root, made)
         broken, external = check_links(made)
         if broken:
             raise DataError("\n".join(broken))

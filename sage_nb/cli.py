@@ -143,6 +143,8 @@ def _find_videos(
     for name in given:
         if os.path.isdir(name):
             files = [path for path in sorted(Path(name).iterdir()) if path.suffix.lower() in _VIDEOS and path.is_file()]
+            stems = {path.stem for path in files}
+            files = [path for path in files if not (path.stem.endswith("_overlay") and path.stem.removesuffix("_overlay") in stems)]  # made by --overlay
         else:
             files = [Path(name)] if os.path.exists(name) else [path for path in map(Path, sorted(glob.glob(name, recursive=True))) if path.is_file()]
         if not files:
@@ -172,7 +174,8 @@ def predict(
     format: str = "csv",  # of the tables; or "parquet"
     faces: str = "all",  # a table for everybody; or "main": for the main face alone
     extras: tuple[str, ...] = (),  # what else to write: "plot", "html", "overlay"
-    force: bool = False,  # write over what is there
+    force: bool = False,  # write over what is there, but for the videos
+    smallest_face: float | None = None,  # as in `Predictor.load`
 ) -> int:  # 0, or 2 if a video could not be predicted
     "Predict every frame of some videos with a trained run, and write a table a person."
     from sage_nb.affwild2 import printable
@@ -185,14 +188,17 @@ def predict(
         except DataError:
             run = "work/runs/sage-0"
     if found:
-        predictor = Predictor.load(run, encoders)
+        predictor = Predictor.load(run, encoders, smallest_face)
         print(predictor.origin.trained_on, flush=True)
-    names, made = _names(found), set()
+    names, made, given = _names(found), set(), {video.resolve() for video in found}
     kinds = [f".{format}", *(ending for extra, ending in (("plot", ".png"), ("html", ".html"), ("overlay", "_overlay.mp4")) if extra in extras)]
 
     def place(stem: str, kind: str) -> Path:
-        if (path := Path(out) / f"{stem}{kind}") in made or path.exists() and not force:
-            raise DataError(f"{path}: is there already; give another folder with --out" + (", or --force to write over it" if path not in made else ""))
+        path = Path(out) / f"{stem}{kind}"
+        if path in made or path.is_dir() or path.resolve() in given or path.exists() and not force:
+            again = path not in made and path.is_file() and path.resolve() not in given
+            raise DataError(f"{path}: is there already; give another folder with --out" + (", or --force to write over it" if again else ""))
+        _keep_private(path, video.absolute().parent.parent)
         return path
 
     for line in wrong:
@@ -200,21 +206,27 @@ def predict(
     for video in found:
         try:
             for kind in kinds:
-                _keep_private(place(names[video], kind), video.absolute().parent.parent)
+                place(names[video], kind)
                 if faces == "all":
                     place(f"{names[video]}_face1", kind)
             tables = predictor.predict_faces(video) if faces == "all" else [predictor.predict(video)]
-            for table in tables:
-                stem = f"{names[video]}_face{face}" if (face := table.about["face"]) else names[video]
-                paths = [place(stem, kind) for kind in kinds]
+            stems = [f"{names[video]}_face{table.about['face']}" if table.about["face"] else names[video] for table in tables]
+            places = [[place(stem, kind) for kind in kinds] for stem in stems]  # of everybody, before anything is written
+            for table, paths in zip(tables, places):
                 made |= set(paths)
                 _write(table, paths[0], dict(zip(kinds[1:], paths[1:])), video)
                 seen, heard = (f"{100 * table[column].mean():.0f} %" for column in ("face_found", "voice_heard"))
                 print(f"{printable(video)}: {len(table):,} frames, face found in {seen}, voice heard in {heard}: {printable(', '.join(map(str, paths)))}", flush=True)
+                if not table.face_found.any():
+                    width = predictor.origin.search.get("smallest_face", 0.2)
+                    print(f"sage-nb: {printable(video)}: no face found; none narrower than {width:g} of the picture's shorter side was looked for, "
+                          "--smallest-face says otherwise", file=sys.stderr)
             there = sorted(path for kind in kinds for path in Path(out).glob(f"{glob.escape(names[video])}_face[0-9]*{kind}"))
             if old := [str(path) for path in there if faces == "all" and path not in made]:
                 print(f"sage-nb: {printable(', '.join(old))}: not of this prediction, which found fewer people; an earlier one may have left it", file=sys.stderr)
-        except DataError as error:
+        except (DataError, OSError) as error:
+            if isinstance(error, OSError):
+                error = DataError(f"{error.filename or out}: cannot be written ({error.strerror}); give another folder with --out")
             wrong.append(str(error))
             print(f"sage-nb: {printable(error)}", file=sys.stderr)
     return 2 if wrong else 0
@@ -271,6 +283,8 @@ def main(
     predicting.add_argument("--out", metavar="FOLDER", default=".", help="where to write (default: here)")
     predicting.add_argument("--format", choices=("csv", "parquet"), default="csv", help="of the tables (default: csv)")
     predicting.add_argument("--faces", choices=("all", "main"), default="all", help="a table for everybody who is long enough in sight (default), or for the main face")
+    predicting.add_argument("--smallest-face", type=float, metavar="SHARE",
+                            help="least width of a face in shorter sides of the picture (default: as in the corpus that the run was trained on)")
     predicting.add_argument("--plot", action="store_true", help="write a picture of the curves as well")
     predicting.add_argument("--html", action="store_true", help="write a page as well, with the video and a cursor on the curves")
     predicting.add_argument("--overlay", action="store_true", help="write the video as well, with the estimate drawn in")
@@ -281,7 +295,7 @@ def main(
     try:
         if chosen.command == "predict":
             extras = tuple(extra for extra in ("plot", "html", "overlay") if getattr(chosen, extra))
-            return predict(chosen.videos, chosen.run, chosen.encoders, chosen.out, chosen.format, chosen.faces, extras, chosen.force)
+            return predict(chosen.videos, chosen.run, chosen.encoders, chosen.out, chosen.format, chosen.faces, extras, chosen.force, chosen.smallest_face)
         if chosen.command == "check":
             return check(chosen.root, chosen.json, chosen.decode)
         if chosen.command == "submit":

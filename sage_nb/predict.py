@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, torch
 from torch import nn
-from .affwild2 import video_info
+from .affwild2 import printable, video_info
 from .baselines import build_model
 from .core import MODALITIES, DataError, Prediction, Rows, Sequence, content_hash, cores, progress, read_json, whole, write_json
 from .efficiency import processor_name
@@ -264,6 +264,14 @@ class PredictionTable(pd.DataFrame):
     def _constructor(self):
         return PredictionTable
 
+    def __finalize__(self, other, method=None, **options):
+        "As pandas', and of tables that are joined what is true of all of them."
+        super().__finalize__(other, method, **options)
+        if method == "concat":
+            first, *others = [getattr(table, "about", {}) for table in other.objs]
+            self.about = {key: value for key, value in first.items() if all(about.get(key) == value for about in others)}
+        return self
+
     def write(
         self,
         path: str | Path,  # .csv (numbers to six decimals) or .parquet
@@ -300,15 +308,15 @@ class PredictionTable(pd.DataFrame):
         if self.valence_low.notna().any():
             panels[0].legend(loc="upper right", ncols=2)
         figure.align_ylabels(panels)
-        figure.suptitle(self._title() + (f"\n{self.about['trained_on']}" if self.about.get("demonstration") else ""), fontsize=7.5)
+        figure.suptitle(self._title() + (f"\n{self.about['trained_on']}" if self.about.get("demonstration") else ""), fontsize=7.5, parse_math=False)
         return figure
 
     def _title(self) -> str:
         face = f", face {self.about['face']}" if self.about.get("face") else ""
-        return f"{Path(self.about.get('video', 'a video')).name}{face}: {len(self):,} frames, by {Path(self.about.get('run', 'a run')).name}"
+        return printable(f"{Path(self.about.get('video', 'a video')).name}{face}: {len(self):,} frames, by {Path(self.about.get('run', 'a run')).name}")
 
     def _repr_html_(self) -> str:
-        if not set(COLUMNS) <= set(self.columns):  # a part of it
+        if not set(COLUMNS) <= set(self.columns) or self.empty:  # a part of it
             return pd.DataFrame(self)._repr_html_()
         picture = io.BytesIO()
         self.plot_curves().savefig(picture, format="png", dpi=130)
@@ -373,6 +381,7 @@ class Predictor:
         cls,
         run_dir: str | Path,  # as stage train leaves it: run.json, model.safetensors, and stage.json beside it
         encoders: str | Path | None = None,  # folder of the encoders; default: those that the run was trained with
+        smallest_face: float | None = None,  # least face width, in shorter sides of the picture; default: that of the corpus that the run was trained on
     ) -> Predictor:
         "Load a run. What is missing, or does not belong together, raises `DataError`."
         run_dir = Path(run_dir)
@@ -383,6 +392,8 @@ class Predictor:
         except (KeyError, TypeError):
             raise DataError(f"{run_dir}/run.json: not the record of a trained run; train it again, or name another run") from None
         origin = read_origin(run_dir)
+        if smallest_face is not None:
+            origin.search["smallest_face"] = smallest_face
         if encoders is None:
             if (encoders := origin.encoders) is None:
                 raise DataError(f"{run_dir}: no stage.json beside it says which encoders it was trained with; name their folder (--encoders), or another run")

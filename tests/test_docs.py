@@ -148,6 +148,19 @@ def test_links_of_notebooks_lead_to_what_git_holds():
     assert build.broken_links(ROOT) == []
 
 
+def test_the_report_is_a_page_of_the_site_and_leads_on(tmp_path):
+    root, site = tmp_path / "project", tmp_path / "site"
+    (root / "results/tables").mkdir(parents=True)
+    (root / "results/tables/claims.csv").write_text("a\n")
+    (root / "results/report.html").write_text('<p id="a"><a href="../nbs/00_toy.ipynb#Toys">toy</a> <a href="tables/claims.csv">claims</a> <a href="#a">up</a>')
+    path = toy(root, "# Toy\nSee [the report](../results/report.html).\n")
+    site.mkdir()
+    (site / "00_toy.html").write_text('<p id="Toys">' + build.page(root, path, None, None)["cells"][0]["source"])
+    assert build.check_links(site)[0] == ["00_toy.html: results/report.html: no such page or file"]
+    build.add_report(root, site)
+    assert build.check_links(site) == ([], []) and (site / "results/tables/claims.csv").is_file()
+
+
 def toy(folder, *cells: str):
     "A project with one notebook."
     (folder / "nbs").mkdir(parents=True)

@@ -1,9 +1,11 @@
 "Any video in, one row a frame out: the pipeline's numbers, every frame at its time, everybody in a table of their own, and nothing written that must not be."
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -375,6 +377,13 @@ def test_nothing_is_written_over(desk, capsys):
     (desk / "talk_face3.csv").write_bytes(b"mine")
     assert main(["predict", "talk.mp4", "--force"]) == 0 and (desk / "talk.csv").read_bytes() == before
     assert capsys.readouterr().err.startswith("sage-nb: talk_face3.csv: not of this prediction") and (desk / "talk_face3.csv").read_bytes() == b"mine"
+    (desk / "talk_overlay.mp4").write_bytes((desk / "talk.mp4").read_bytes())
+    assert main(["predict", "talk.mp4", "talk_overlay.mp4", "--force", "--overlay", "--faces", "main"]) == 2  # a video that is given is not written over
+    assert (desk / "talk_overlay.mp4").read_bytes() == (desk / "talk.mp4").read_bytes() and "talk_overlay.mp4: is there already" in capsys.readouterr().err
+    assert main(["predict", ".", "--out", "folder", "--faces", "main"]) == 0 and files(desk / "folder") == ["talk.csv", "two.csv"]  # nor one that was made taken for one
+    (desk / "half").mkdir()
+    (desk / "half/two_face2.csv").touch()
+    assert main(["predict", "two.mp4", "--out", "half"]) == 2 and files(desk / "half") == ["two_face2.csv"]  # all of it or nothing
     (desk / "two_face1.mp4").write_bytes((desk / "talk.mp4").read_bytes())
     assert main(["predict", "two.mp4", "two_face1.mp4", "--out", "out", "--force"]) == 2  # two videos, one name for a table
     assert files(desk / "out") == ["two_face1.csv", "two_face2.csv"] and len(pd.read_csv(desk / "out/two_face1.csv")) == 75
@@ -388,6 +397,32 @@ def test_a_broken_video_is_named_and_the_others_go_on(desk, capsys):
     assert files(desk / "out") == ["talk.csv"] and "talk.mp4: 30 frames" in told.out
     lines = told.err.splitlines()
     assert [re.match(r"sage-nb: (\S+):", line)[1] for line in lines] == ["none.mp4", "empty", "bad.mp4"] and "Traceback" not in told.err
+
+
+def test_what_cannot_be_written_is_one_sentence(desk, capsys):
+    (desk / "file").touch()
+    (desk / "folder/talk.csv").mkdir(parents=True)
+    for out in ("file", "file/below", "folder"):
+        assert main(["predict", "talk.mp4", "--out", out, "--force"]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and told.startswith(f"sage-nb: {out}") and "--out" in told
+
+
+def test_a_face_far_away_is_found_when_it_is_asked_for(desk, capsys):
+    far = cv2.resize(people(1, still(80))[0], None, fx=0.45, fy=0.45, interpolation=cv2.INTER_AREA)
+    images = [cv2.copyMakeBorder(far, 80, 80, 80, 80, cv2.BORDER_REPLICATE)] * 30
+    write_video(desk / "far.mp4", images, moments(30))
+    assert main(["predict", "far.mp4", "--out", "usual"]) == 0 and "far.mp4: no face found; none narrower than 0.2" in capsys.readouterr().err
+    assert main(["predict", "far.mp4", "--out", "near", "--smallest-face", "0.1"]) == 0 and not capsys.readouterr().err
+    assert pd.read_csv("near/far.csv").face_found.mean() > 0.9
+    assert main(["predict", "far.mp4", "--out", "none", "--smallest-face", "7"]) == 2 and "must be in [0.02, 1]" in capsys.readouterr().err
+
+
+def test_any_name_is_shown_as_it_is(desk, capsys):
+    for name in (r"cost $5_{ and $6.mp4", os.fsdecode(b"\xff\xe9.mp4")):
+        (desk / "names").mkdir(exist_ok=True)
+        (desk / "names" / name).write_bytes((desk / "talk.mp4").read_bytes())
+    assert main(["predict", "names", "--out", "named", "--plot"]) == 0 and len(files(desk / "named")) == 4
 
 
 def test_without_a_run_there_is_one_sentence(desk, capsys):
@@ -417,6 +452,13 @@ def test_the_record_of_what_it_costs(tmp_path):
         assert row["met"] == (row["sides"][0] >= row["sides"][1] == 30) and abs(row["value"] - row["sides"][0] / 30) < 0.01
         assert 0.3 < float(re.search(r"([\d.]+) Mbit/s", row["name"])[1]) < 3  # as such videos have
     assert write_prediction(tmp_path / "prediction.json", rows) == read_json(tmp_path / "prediction.json")
+
+
+def test_tables_that_are_joined_keep_what_is_true_of_both(predictor, project):
+    tables = [predictor.predict(project / "data/corpus" / name) for name in ("away.mp4", "disc.avi")]
+    both = pd.concat(tables)
+    assert both.about["trained_on"] == tables[0].about["trained_on"] and "video" not in both.about
+    assert "<table" in tables[0].iloc[:0]._repr_html_()
 
 
 def test_a_table_stays_one(predictor, project):
