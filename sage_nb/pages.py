@@ -140,6 +140,18 @@ _SIDE = 480  # pixels on the shorter side, then
 _PIECE = 3 << 20  # bytes that are encoded at once; a multiple of three
 
 
+def _shape(
+    video: Path,
+    info: VideoInfo,
+) -> tuple[float, float]:  # W, H
+    "The size at which the picture is shown, in square pixels; those of the file need not be square."
+    with open_video(video) as container:
+        ratio = float(picture_track(container).sample_aspect_ratio or 1)
+    if not 1 / 4 <= ratio <= 4:  # a fault of the header
+        return info.width, info.height
+    return info.width * (ratio if info.turned % 180 == 0 else 1 / ratio), info.height
+
+
 def _is_played(
     video: Path,
     info: VideoInfo,
@@ -161,9 +173,10 @@ def _write_small(
     info: VideoInfo,
     bits: float,  # per second of its pictures, at most
 ) -> None:
-    "Write a video again, small, beginning with its first picture."
-    scale = min(1, _SIDE / min(info.width, info.height))
-    width, height = (max(2 * round(side * scale / 2), 2) for side in (info.width, info.height))
+    "Write a video again, small and with square pixels, beginning with its first picture."
+    shape = _shape(video, info)
+    scale = min(1, _SIDE / min(shape))
+    width, height = (max(2 * round(side * scale / 2), 2) for side in shape)
     pictures = ((frame.time, _fitted(frame.image, width, height)) for frame in progress(read_frames(video), "video for the page", info.frames))
     _write_mp4(path, pictures, (width, height), info.rate, read_sound(video, _RATE, path.parent), info.start,
                {"crf": "25", "maxrate": str(round(bits)), "bufsize": str(round(bits)), "threads": "1"})  # with more, other bytes each time
@@ -203,15 +216,15 @@ def _page_data(
         faces.append(dict(name=_name(table), numbers={name: _steps(values) for name, values in numbers.items() if not np.isnan(values).all()},
                           flags={name: _packed(table[name], "u1") for name in _FLAGS}))
     times = np.round((tables[0].time - tables[0].time.iloc[0]) * 1e5)
-    return json.dumps(dict(faces=faces, times=_packed(times, "<u4"), ratio=info.width / info.height, **more)).replace("<", "\\u003c")
+    return json.dumps(dict(faces=faces, times=_packed(times, "<u4"), **more)).replace("<", "\\u003c")
 
 # %% ../nbs/26_pages.ipynb #056f1804
 _COLOURS = dict(valence=("#0072b2", "#56b4e9"), arousal=("#c04e00", "#f0945a"), sight=("#00855f", "#35c79b"), sound=("#a8487f", "#e39cc6"))  # on light, on dark
 
 _STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --card: #f3f5f7; --ink: #1c2024; --faint: #5c656e; --line: #d5dae0; --note: #fff4d6; --edge: #d9a400; @light }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #121417; --card: #1d2126; --ink: #e8eaed; --faint: #9aa3ad; --line: #363d45; --note: #33290c; --edge: #c79a1b; @dark }
+:root { color-scheme: light; --ground: #fff; --card: #f3f5f7; --ink: #1c2024; --faint: #5c656e; --line: #d5dae0; --note: #fff4d6; --edge: #d9a400; @light }
+@media screen and (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; --ground: #121417; --card: #1d2126; --ink: #e8eaed; --faint: #9aa3ad; --line: #363d45; --note: #33290c; --edge: #c79a1b; @dark }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -259,6 +272,12 @@ canvas { display: block; width: 100%; }
   #readout { order: 2; flex: none; margin: 12px 0 6px; }
   #hint { order: 3; }
 }
+@media print {
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  main { max-width: none; padding: 0; }
+  #controls, #hint { display: none; }
+  #curves { break-inside: avoid; }
+}
 """
 
 
@@ -273,7 +292,7 @@ def _style() -> str:
 _BODY = """
 <div id="top">
 <div id="player">
-<div id="screen"><video id="video" playsinline preload="auto"></video><div id="boxes"></div></div>
+<div id="screen"><video id="video" aria-label="the predicted video" playsinline preload="auto"></video><div id="boxes"></div></div>
 <div id="controls">
 <button id="play">Play</button><button id="mute">Mute</button>
 <label><input type="checkbox" id="boxed" checked> face box</label>
@@ -285,7 +304,7 @@ _BODY = """
 </div>
 <p id="trouble" class="note warning" hidden></p>
 <div id="curves" role="slider" tabindex="0" aria-label="time" aria-valuemin="0"><div id="cursor"></div></div>
-<p id="hint">Click or drag on the curves to go there. Space plays and pauses; the arrow keys go one picture on or back, with Shift five seconds; Home goes to the start.</p>
+<p id="hint">Click or drag on the curves to go there. Space plays and pauses; the arrow keys go one picture on or back, with Shift five seconds; Home and End go to the start and the end; Page Up and Page Down, on the curves, go a tenth of the video on or back.</p>
 <noscript><p class="note warning">This page draws its curves with a script, and scripts are switched off.</p></noscript>
 """
 
@@ -357,7 +376,7 @@ function span(element, from, to) {
 }
 
 function read() {
-  const at = column => face[column] ? face[column][index] : NaN;
+  const at = column => face[column] ? face[column][index] : NaN, said = column => isNaN(at(column)) ? "not known" : signed(at(column));
   cells.time.textContent = times[index].toFixed(2) + " s, picture " + (index + 1) + " of " + count;
   for (const {name, column, from, text, bar, band, more} of measures) {
     const value = at(column), low = at(column + "_low"), high = at(column + "_high"), place = v => (v - from) / (1 - from);
@@ -370,7 +389,7 @@ function read() {
   }
   cells.input.textContent = (face.face_found[index] ? "face found, " : "no face found, ") + (face.voice_heard[index] ? "voice heard" : "no voice heard");
   curves.setAttribute("aria-valuenow", now.toFixed(2));
-  curves.setAttribute("aria-valuetext", times[index].toFixed(2) + " seconds, valence " + signed(at("valence")) + ", arousal " + signed(at("arousal")));
+  curves.setAttribute("aria-valuetext", times[index].toFixed(2) + " seconds, valence " + said("valence") + ", arousal " + said("arousal"));
 }
 
 // ---- the face boxes
@@ -626,13 +645,15 @@ for (const kind of ["pointerup", "pointercancel"]) curves.addEventListener(kind,
 });
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("select, input")) return;
-  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], leap = event.target === curves && {PageDown: -1, PageUp: 1}[event.key];
   if (event.key === " " && !event.target.closest("button")) toggle();
   else if (step && event.shiftKey) jump(now + 5 * step);
   else if (step) {
     video.pause();
     jump(times[Math.min(Math.max(index + step, 0), count - 1)]);
-  } else if (event.key === "Home") jump(0);
+  } else if (leap) jump(now + leap * duration / 10);
+  else if (event.key === "Home") jump(0);
+  else if (event.key === "End") jump(times[count - 1]);
   else return;
   event.preventDefault();
 });
@@ -649,7 +670,7 @@ byId("screen").style.aspectRatio = data.ratio;
 byId("screen").style.width = "min(" + 38 * data.ratio + "vh, 640px, 100vw - 36px)";
 byId("mute").hidden = !data.sound;
 curves.setAttribute("aria-valuemax", duration.toFixed(2));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", draw);
 new ResizeObserver(draw).observe(curves);
 show(0);
 """
@@ -665,8 +686,8 @@ def write_page(
     not of this video, or a broken video, raises `DataError`. The same input gives the same bytes."""
     path, video = Path(path), Path(video)
     tables, info = _checked(path, table, video)
-    about, name = _about(tables[0]), html.escape(printable(video.name))
-    film, linked, remark = video, None, ""
+    about, name, (across, down) = _about(tables[0]), html.escape(printable(video.name)), _shape(video, info)
+    film, linked, link, remark = video, None, None, ""
     bits = min(_RICHEST, 8 * _LARGEST / (info.duration + 1) - _SOUND_BITS)  # it may run up a second's worth
     is_played = _is_played(video, info)
     with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
@@ -680,10 +701,10 @@ def write_page(
             with whole(linked := path.with_name(f"{path.stem}.video.mp4")) as beside:
                 _write_small(beside, video, info, _RICHEST)
         if linked:
+            link = os.path.relpath(linked.parent.resolve() / linked.name, path.parent.resolve())  # both: else `..` may lead elsewhere where a folder is a link
             remark = (f'<p class="note">The video is too long to be kept in this page ({info.duration / 60:.0f} minutes): it is played from '
-                      f"{html.escape(printable(os.path.relpath(linked, path.parent)))}, which must stay where it is.</p>\n")
+                      f"{html.escape(printable(link))}, which must stay where it is.</p>\n")
         warning = "<strong>A demonstration.</strong> " if about.get("demonstration") else ""
-        link = linked and quote(os.fsencode(os.path.relpath(linked, path.parent)))
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(
                 '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -691,7 +712,7 @@ def write_page(
                 f'<p id="what">Valence and arousal, picture by picture, as predicted by model {html.escape(printable(about.get("model", "unknown")))} '
                 f'(run {html.escape(printable(about.get("run", "unknown")))})</p>\n'
                 f'<p class="note{" warning" if warning else ""}">{warning}{html.escape(printable(_training(tables[0])))}</p>\n{remark}{_BODY}</main>\n'
-                f'<script type="application/json" id="data">{_page_data(tables, info, link=link, sound=info.has_sound)}</script>\n')
+                f'<script type="application/json" id="data">{_page_data(tables, info, ratio=across / down, link=link and quote(os.fsencode(link)), sound=info.has_sound)}</script>\n')
             if not linked:
                 _write_film(file, film)
             file.write(f"<script>{_SCRIPT}</script>\n</body>\n</html>\n")
@@ -730,7 +751,7 @@ def _put(
     "Write a line of text, as far as it is within the image."
     cover, below = _letters(text, round(size), bold)
     left, top = round(x) - (cover.shape[1] if right else 0), round(y) - cover.shape[0] + below
-    part = image[max(top, 0) : top + cover.shape[0], max(left, 0) : left + cover.shape[1]]
+    part = image[max(top, 0) : max(top + cover.shape[0], 0), max(left, 0) : max(left + cover.shape[1], 0)]  # an end below 0 would count from the other side
     cover = cover[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1], None]
     part[:] = np.round(part + (colour - part) * cover)
 
@@ -830,18 +851,19 @@ def write_overlay(
 ) -> None:
     """Write the video with its prediction drawn in: face boxes (upright, in pixels of the video, enlarged where it is), and under the picture
     the last 8 s of valence and arousal (-1 to 1) with their 90 % intervals, and the reliability of sight and of sound (0 to 1). Pictures and sound
-    keep their times. What the model was trained on stands in the file's comment. A table that is not of this video, a broken video, or a name
+    keep their times, and pixels become square. What the model was trained on stands in the file's comment. A table that is not of this video, a broken video, or a name
     that does not end in .mp4 raises `DataError`."""
     path, video = Path(path), Path(video)
     if path.suffix.lower() != ".mp4":
         raise DataError(f"{path}: an annotated video is an mp4 file; let its name end in .mp4")
     tables, info = _checked(path, table, video)
-    scale = max(1, _NARROW / info.width)
-    width, height = round(info.width * scale), round(info.height * scale)
+    across, down = _shape(video, info)
+    scale = max(1, _NARROW / across)
+    width, height = round(across * scale), round(down * scale)
     unit, full = min(max(width / 48, 11), 30), width + width % 2
     names = [_name(table) if len(tables) > 1 else "" for table in tables]
     panels = [_Panel(table, full, unit, name) for table, name in zip(tables, names)]
-    boxes = [table[list(_BOX)].to_numpy() * scale for table in tables]
+    boxes = [table[list(_BOX)].to_numpy() * np.tile([across / info.width * scale, scale], 2) for table in tables]
     foot = height + sum(panel.height for panel in panels)
     total = 2 * round((foot + 1.5 * unit) / 2)
     warning = "demonstration, not fit for real faces" if _about(tables[0]).get("demonstration") else ""

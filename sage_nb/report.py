@@ -153,9 +153,9 @@ class Results:
         return self.link(_grouped(float(self.set[key])) if self.set[key].isdigit() else self.set[key], "comparison", [], "caption", f"caption: {key}")
 
 # %% ../nbs/27_report.ipynb #389ff621
-def told(low: float, high: float) -> int:
-    "1 if the interval from `low` to `high` lies above 0, -1 if below, 0 if it contains 0."
-    return 1 if low > 0 else -1 if high < 0 else 0
+def told(low: float, high: float) -> int | None:
+    "1 if the interval from `low` to `high` lies above 0, -1 if below, 0 if it contains 0; None if there is none."
+    return None if pd.isna(low) or pd.isna(high) else 1 if low > 0 else -1 if high < 0 else 0
 
 
 def listed(items: list[str]) -> str:
@@ -166,9 +166,9 @@ def listed(items: list[str]) -> str:
     return f"{between.join(items[:-1])}{between.rstrip() * (between == '; ')} and {items[-1]}"
 
 
-def _by_case(table: Table, rows: list[str], low: str, high: str) -> dict[int, list[str]]:  # case of `told` -> rows
+def _by_case(table: Table, rows: list[str], low: str, high: str) -> dict[int | None, list[str]]:  # case of `told` -> rows
     "Rows by what their intervals say."
-    cases = {1: [], 0: [], -1: []}
+    cases = {1: [], 0: [], -1: [], None: []}
     for row in rows:
         cases[told(table.value(row, low), table.value(row, high))].append(row)
     return cases
@@ -293,7 +293,7 @@ def _claim(r: Results) -> str:
     outcome = (f"SAGE reaches a mean concordance of {r.n('comparison', 'sage, equal', 'p')} {r.ends('comparison', 'sage, equal', 'p_low', 'p_high')} on people that nobody trained on. "
                f"{_standing(r)}")
     if best:
-        words = {1: "SAGE has more", -1: "SAGE has less", 0: "SAGE is not told apart from it"}[told(table.value(best, "sage_gain_low"), table.value(best, "sage_gain_high"))]
+        words = {"SAGE above": "SAGE has more", "SAGE below": "SAGE has less", "not told apart": "SAGE is not told apart from it"}[table.values.at[best, "verdict"]]
         outcome += f" The best baseline is {model_label(table.values.at[best, 'model'])} with {r.n('comparison', best, 'p')}; {words} (difference before correction {r.gain('comparison', best, 'sage_gain')})."
     outcome += f" Of this project’s own criteria {r.count('claims', met, 'met', 'met')} of {r.count('claims', met + missed, 'met', 'all that want something')} are met"
     outcome += f"; {r.count('claims', missed, 'met', 'not met')} {'is' if len(missed) == 1 else 'are'} <a href='#criteria'>missed</a>." if missed else "."
@@ -535,7 +535,7 @@ def _results(r: Results) -> str:
         case = told(table.value(variant, "sage_gain_low"), table.value(variant, "sage_gain_high"))
         fair = (f"<p>SAGE alone uses the calibration subjects, and it alone has a term for what was corrupted on purpose, so its difference to the concatenation is that of the whole method and not of fusion alone. "
                 f"A variant that has never seen those people scores {r.n('comparison', variant, 'p')}: SAGE less the variant is {r.gain('comparison', variant, 'sage_gain')}, "
-                f"{ {1: 'so they are part of the gain', 0: 'not told apart from nothing', -1: 'so they cost rather than help'}[case]}. What each further ingredient adds is in the <a href='#ablations'>ablations</a>.</p>")
+                f"{ {1: 'so they are part of the gain', 0: 'not told apart from nothing', -1: 'so they cost rather than help', None: 'of which there is no interval'}[case]}. What each further ingredient adds is in the <a href='#ablations'>ablations</a>.</p>")
     pictures = [figure(r, "comparison", "Every model’s score, and how far SAGE is above or below it. Filled on the right: significant after correction.",
                        "Left: valence, arousal and mean concordance of every model as dots with intervals. Right: SAGE’s difference to each model with its interval, against a line at zero."),
                 show(r, "comparison", "Every model, in full. The best trained model of a column is bold."),
@@ -568,6 +568,8 @@ def _ablations(r: Results) -> str:
     text += f"<p>Clearly above it, which speaks against the choice that was made: {named(1, -1)}.</p>" if cases[1] else "<p>None scores clearly above it.</p>"
     if cases[0]:
         text += f"<p>Not told apart from it, so that on this corpus the choice is of no proven use: {named(0, 1)}.</p>"
+    if cases[None]:
+        text += f"<p>Without an interval, so that nothing is said of it: {named(None, 1)}.</p>"
     single = [row for row in rows if table.value(row, "seeds") == 1]
     text += ("<p>These intervals are not corrected for the number of rows. They speak of these trained models on new people, not of another training"
              + (f"; {r.count('ablation', single, 'seeds', 'variants of one seed')} of the variants were trained with one seed, and are set against SAGE of that seed.</p>" if single else ".</p>"))
@@ -582,10 +584,12 @@ def _robustness(r: Results) -> str:
     scores, parts = r["robustness"], []
     others = [row for row in scores.values.index if not row.startswith("sage")]
     for column, what in (("seen", "that training contains"), ("unseen", "that it does not contain")):
-        own, above = scores.value("sage", column), [row for row in others if scores.value(row, column) >= scores.value("sage", column)]
+        own = scores.value("sage", column)
+        above, level = [row for row in others if scores.value(row, column) > own], [row for row in others if scores.value(row, column) == own]
+        places = [f"{word} {listed([model_label(row) for row in rows])}" for word, rows in (("less than", above), ("as much as", level)) if rows]
         parts.append(f"over the corruptions {what} SAGE keeps a mean of {r.n('robustness', 'sage', column)}, "
-                     + (f"more than each of the {r.count('robustness', others, column, 'models that are not SAGE')} others" if not above else f"less than {listed([model_label(row) for row in above])}"))
-    text = f"<p>Media were corrupted before the encoders, features in presence and timing, in three strengths each ({_notebook(r, '25_suite')}). Without corruption SAGE has {r.n('robustness', 'sage', 'clean')} on the seeds of this suite; {'; '.join(parts)}.</p>"
+                     + (f"more than each of the {r.count('robustness', others, column, 'models that are not SAGE')} others" if not places else listed(places)))
+    text = f"<p>Media were corrupted before the encoders, features in presence and timing, in three strengths each ({_notebook(r, '25_suite')}). Without corruption SAGE has {r.n('robustness', 'sage', 'clean')} on the seeds of this suite; {'; '.join(parts)}. These are means set side by side, without a test or an interval.</p>"
     pictures = [figure(r, "robustness", "Score against the severity of each corruption.", "One panel a corruption: mean concordance of the models against severity from none to strong."),
                 figure(r, "robustness_areas", "Area under each of these curves, for every model; colour is the difference to SAGE.", "A grid of numbers, models by corruptions, coloured by the difference to SAGE."),
                 show(r, "robustness", "Score under corruption, mean over severities with the clean set.", folded=True)]
@@ -605,7 +609,8 @@ def _robustness(r: Results) -> str:
         if hard:
             text += f"Of these, SAGE loses clearly less in {r.count('robustness_losses', cases[1], 'low', 'of these, interval above 0')}"
             text += f", clearly more in {r.count('robustness_losses', cases[-1], 'high', 'of these, interval below 0')} ({conditions(cases[-1])})" if cases[-1] else ", clearly more in none"
-            text += f", and is not told apart in {r.count('robustness_losses', cases[0], 'difference', 'of these, interval contains 0')} ({conditions(cases[0])}). " if cases[0] else ". "
+            text += f", and is not told apart in {r.count('robustness_losses', cases[0], 'difference', 'of these, interval contains 0')} ({conditions(cases[0])})" if cases[0] else ""
+            text += f"; there is no interval in {r.count('robustness_losses', cases[None], 'low', 'of these, no interval')} ({conditions(cases[None])}). " if cases[None] else ". "
         rest = sum(easy.values(), [])
         if rest:
             text += (f"Of the {r.count('robustness_losses', rest, 'loss_other', 'the concatenation loses less than .05')} that cost the concatenation little, SAGE loses clearly more in "
@@ -615,7 +620,7 @@ def _robustness(r: Results) -> str:
         pictures.append(show(r, "robustness_losses", "What corruption takes from the concatenation and from SAGE; positive where SAGE keeps more.", folded=True))
     if r.has("robustness_missing"):
         table = r["robustness_missing"]
-        words = {1: "more than", 0: "not told apart from", -1: "less than"}
+        words = {1: "more than", 0: "not told apart from", -1: "less than", None: "with no interval to tell it from"}
         told_ = [f"{r.n('robustness_missing', row, 'p')} without {'sight' if missing == 'visual' else 'sound'}, {words[told(table.value(row, 'low'), table.value(row, 'high'))]} the model of "
                  f"{'sound' if missing == 'visual' else 'sight'} alone ({r.gain('robustness_missing', row, 'difference', 'low', 'high')})"
                  for row, missing in ((f"sage, {missing}", missing) for missing in ("visual", "audio")) if row in table.values.index]
@@ -643,11 +648,11 @@ def _reliability(r: Results) -> str:
         items = []
         for task, row in rows.items():
             case = told(table.value(row, "gain_low"), table.value(row, "gain_high"))
-            word = {1: "more than", 0: "not told apart from", -1: "less than"}[case]
+            word = {1: "more than", 0: "not told apart from", -1: "less than", None: "with no interval to tell it from"}[case]
             items.append(f"<li>{_QUESTIONS[task]}: {r.n('detection', row, 'auroc')} {r.ends('detection', row, 'auroc_low', 'auroc_high')}, {word} flags and energy ({r.gain('detection', row, 'gain')})</li>")
         kinds = [row for row in table.values.index if row not in rows.values() and not row.endswith((", all", ", with_nuisances"))]
         worse = [row for row in kinds if table.value(row, "gain_high") < 0]
-        blind = [row for row in kinds if table.value(row, "auroc_low") <= 0.5]
+        blind = [row for row in kinds if not table.value(row, "auroc_low") > 0.5]  # also where there is no interval
 
         def named(rows: list[str], column: str) -> str:
             return listed([f"{escape(table.values.at[row, 'kind'].replace('_', ' '))} in “{escape(table.values.at[row, 'task'])}” ({r.n('detection', row, column)})" for row in rows])
@@ -683,10 +688,11 @@ def _calibration(r: Results) -> str:
     table, row = r["calibration"], "estimate, both"
     before, after = table.value(row, "ence_before"), table.value(row, "ence_after")
     low, high = table.value(row, "coverage_after_low"), table.value(row, "coverage_after_high")
-    cover = "not told apart from the nine in ten that were promised" if low <= 0.9 <= high else "clearly more than the nine in ten that were promised" if low > 0.9 else "clearly fewer than the nine in ten that were promised"
+    cover = {1: "clearly more than", 0: "not told apart from", -1: "clearly fewer than", None: "with no interval to tell it from"}[told(low - 0.9, high - 0.9)] + " the nine in ten that were promised"
     rank = told(table.value(row, "rank_correlation_low"), table.value(row, "rank_correlation_high"))
-    ranks = {1: "so it knows something of which frames are hard", 0: "not told apart from nothing: it states how large errors are, and <b>not which frames have them</b>", -1: "so it is <b>surer where it errs more</b>"}[rank]
-    change = "" if pd.isna(before) else f" It {'falls' if after < before else 'does not fall'} by calibration: before, it was {r.n('calibration', row, 'ence_before')}."
+    ranks = {1: "so it knows something of which frames are hard", 0: "not told apart from nothing: it states how large errors are, and <b>not which frames have them</b>", -1: "so it is <b>surer where it errs more</b>",
+             None: "without an interval, so that nothing is said of which frames are hard"}[rank]
+    change = "" if pd.isna(before) or pd.isna(after) else f" It {'falls' if after < before else 'does not fall'} by calibration: before, it was {r.n('calibration', row, 'ence_before')}."
     readouts = [key for key in table.where(axis="both") if key != row]
     cases = _by_case(table, readouts, "rank_correlation_low", "rank_correlation_high")
     alone = (f" Of the {r.count('calibration', readouts, 'rank_correlation', 'readouts, both axes')} readouts of one modality, stated and actual error clearly correlate in {r.count('calibration', cases[1], 'rank_correlation_low', 'interval above 0')}"
@@ -720,7 +726,9 @@ def _replication(r: Results) -> str:
     table, judged, text = r["replication"], r["verdicts"], ""
     for corpus in dict.fromkeys(table.values.corpus):
         verdict, concat = f"{corpus}, verdict: criteria that are met", f"{corpus}, concat, equal"
-        missed = [row for row in judged.where(corpus=corpus, met="False") if row != verdict]
+        met, missed = ([row for row in judged.where(corpus=corpus, met=word) if row != verdict] for word in ("True", "False"))
+        if (judged.value(verdict, "measured"), judged.value(verdict, "wanted")) != (len(met), len(met) + len(missed)):
+            raise DataError(f"{judged.path}.csv: of its criteria for “{corpus}” {len(met)} of {len(met) + len(missed)} are met, which is not what its row “{verdict}” says; run `make replicate` again")
         text += f"<p><b>“{escape(corpus)}”.</b> SAGE has {r.n('replication', f'{corpus}, sage, equal', 'p')} {r.ends('replication', f'{corpus}, sage, equal', 'p_low', 'p_high')}. {_standing(r, 'replication', corpus=corpus)} "
         if concat in table.values.index:
             text += f"Its difference to plain concatenation is {r.gain('replication', concat, 'sage_gain')}. "
@@ -755,7 +763,7 @@ def _limits(r: Results) -> str:
     "What none of this says."
     met, missed = _criteria(r)
     calibrated = r["calibration"]
-    blunt = told(calibrated.value("estimate, both", "rank_correlation_low"), calibrated.value("estimate, both", "rank_correlation_high")) <= 0
+    blunt = told(calibrated.value("estimate, both", "rank_correlation_low"), calibrated.value("estimate, both", "rank_correlation_high")) in (0, -1)
     points = ["<b>A reconstruction.</b> The paper could be had as its abstract alone. If its stages, its branch or its loss differ from ours, nothing here speaks for or against them."]
     if r.sample:
         points += ["<b>A corpus of our making.</b> Faces are simple, nuisances are ours, and its difficulty was set by models that are not SAGE. A method built around misleading stretches meets a corpus that has them; the control without them is the counterweight.",
@@ -835,7 +843,7 @@ def _appendix(r: Results, stages: dict[str, dict]) -> str:
 # %% ../nbs/27_report.ipynb #e0a491a4
 _STYLE = """
 :root{--page:#fdfdfb;--ink:#1d2126;--soft:#5b6470;--line:#d9dde2;--card:#f4f5f2;--link:#0b5cad;--visual:#d3ece3;--audio:#f3dcea;--trust:#fbe3d3;--trust-line:#b34a00;--frozen:#e9ebee;--own:#e8f1fa;--good:#0b6b4f;color-scheme:light}
-@media (prefers-color-scheme:dark){:root{--page:#1b1b1c;--ink:#e4e6e8;--soft:#a0a9b4;--line:#343b44;--card:#1d2228;--link:#7db8f5;--visual:#164538;--audio:#4a2a40;--trust:#4a2c17;--trust-line:#f0924e;--frozen:#2a3038;--own:#1b2e42;--good:#66c7a5;color-scheme:dark}
+@media screen and (prefers-color-scheme:dark){:root{--page:#1b1b1c;--ink:#e4e6e8;--soft:#a0a9b4;--line:#343b44;--card:#1d2228;--link:#7db8f5;--visual:#164538;--audio:#4a2a40;--trust:#4a2c17;--trust-line:#f0924e;--frozen:#2a3038;--own:#1b2e42;--good:#66c7a5;color-scheme:dark}
 img.plot{filter:invert(.91) hue-rotate(180deg) brightness(1.18);mix-blend-mode:normal!important}}
 *{box-sizing:border-box}
 html{scroll-padding-top:1.5rem;-webkit-text-size-adjust:100%}

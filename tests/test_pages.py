@@ -1,14 +1,20 @@
 """What one looks at when a video has been predicted: the page in a real browser, and the annotated video."""
+import os
+import re
+import subprocess
 import tracemalloc
+from dataclasses import replace
 from fractions import Fraction
 
 import av
 import numpy as np
 import pandas as pd
 import pytest
+import browser
 from browser import context, page  # noqa: F401
 from clips import beeps, wall
 from clips import write_video as write_clip
+from conftest import ROOT
 from corpora import trim
 
 from sage_nb import pages
@@ -76,6 +82,34 @@ def rows_of(page, selector="#readout > div"):
     return page.locator(selector).all_inner_texts()
 
 
+# --- the browser
+
+def test_without_a_browser_tests_are_skipped_or_fail_where_one_is_required(tmp_path, monkeypatch):
+    stub = tmp_path / "chromium"
+    stub.write_text("#!/bin/sh\necho install me >&2\nexit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(browser, "NAMES", ("no-such-browser", str(stub)))
+    monkeypatch.setenv("SAGE_NB_BROWSER", "required")
+    with pytest.raises(pytest.fail.Exception, match="no browser that starts"):
+        browser.executable()
+    monkeypatch.delenv("SAGE_NB_BROWSER")
+    with pytest.warns(UserWarning, match="NOT TESTED"), pytest.raises(pytest.skip.Exception):
+        browser.executable()
+    stub.write_text("#!/bin/sh\n")
+    assert browser.executable() == str(stub)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_continuous_integration_requires_a_browser(tmp_path, starts):
+    for name, body in dict(id="echo 0", make='echo "browser: $SAGE_NB_BROWSER"; echo "$@"', chromium=f"exit {int(not starts)}", **{"chromium-browser": "exit 1", "google-chrome": "exit 1"},
+                           **{"apt-get": 'echo "$@" >>"$0.log"'}).items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run([ROOT / ".ci/run", "VENV=x"], env=os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SAGE_NB_BROWSER=""), capture_output=True, text=True, check=True)
+    assert done.stdout == "browser: required\ntest VENV=x\n"
+    assert (tmp_path / "apt-get.log").exists() == ("WILL FAIL" in done.stderr) == (not starts)
+
+
 # --- the page
 
 def test_the_cursor_runs_with_the_video(clip, tmp_path, page):
@@ -128,6 +162,18 @@ def test_clicks_and_keys_go_to_the_picture(clip, tmp_path, page):
     page.mouse.up()
     number, picture, *_ = shown(page)
     assert number == np.searchsorted(UNEVEN, 0.8 * length, "right") and abs(picture - number) < 0.6
+    page.keyboard.press("End")
+    assert shown(page)[0] == 60
+    page.locator("#play").focus()
+    page.keyboard.press("PageDown")  # which may scroll the page, away from the slider
+    assert shown(page)[0] == 60
+    page.locator("#curves").focus()
+    page.keyboard.press("PageDown")
+    assert shown(page)[0] == np.searchsorted(UNEVEN, UNEVEN[-1] - length / 10 + 5e-4, "right")
+    page.keyboard.press("Home")
+    assert shown(page)[0] == 1
+    page.keyboard.press("PageUp")
+    assert shown(page)[0] == np.searchsorted(UNEVEN, length / 10 + 5e-4, "right")
     page.keyboard.press("Home")
     assert shown(page)[0] == 1 and page.locator("#curves").get_attribute("aria-valuetext").startswith("0.00 seconds, valence +0.00, arousal +0.50")
     assert page.errors == []
@@ -174,10 +220,12 @@ def test_a_model_without_intervals_and_reliability_has_none_shown(clip, tmp_path
     table = predicted(UNEVEN)
     for name in ("valence_low", "valence_high", "arousal_low", "arousal_high", "reliability_visual", "reliability_audio"):
         table[name] = np.nan
+    table.loc[0, "valence"] = np.nan
     write_page(tmp_path / "page.html", table, clip)
     opened(page, tmp_path / "page.html")
     text = page.locator("main").inner_text()
     assert "90 %" not in text and "reliability" not in text and "NaN" not in text and page.locator("canvas").count() == 5
+    assert page.locator("#curves").get_attribute("aria-valuetext") == "0.00 seconds, valence not known, arousal +0.50" and page.locator("video").get_attribute("aria-label")
     assert page.errors == []
 
 
@@ -222,6 +270,19 @@ def test_nothing_overflows_on_a_phone_and_texts_can_be_read(clip, tmp_path, page
         return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05); });
     }""")
     assert min(contrast) > 4.5  # WCAG 2.2, level AA, for text
+
+
+def test_it_is_light_on_paper(clip, tmp_path, page):
+    write_page(tmp_path / "page.html", predicted(UNEVEN), clip)
+    page.emulate_media(color_scheme="dark")
+    opened(page, tmp_path / "page.html")
+    look = """() => { const style = e => getComputedStyle(document.querySelector(e)), canvas = document.querySelector('canvas'), dots = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+      const blue = []; for (let i = 0; i < dots.length; i += 4) if (dots[i + 3] > 250 && dots[i + 2] > dots[i] + 90) blue.push(dots[i]);
+      return [style('html').colorScheme, style('body').backgroundColor, style('body').color, Math.min(...blue) < 40]; }"""
+    assert page.evaluate(look) == ["dark", "rgb(18, 20, 23)", "rgb(232, 234, 237)", False] and page.locator("#controls").is_visible()
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate(look) == ["light", "rgb(255, 255, 255)", "rgb(28, 32, 36)", True] and not page.locator("#controls").is_visible()
+    assert page.pdf().startswith(b"%PDF")
 
 
 def test_the_warning_is_at_the_top(clip, tmp_path, page):
@@ -353,6 +414,16 @@ def test_a_large_video_is_made_small_enough(tmp_path, monkeypatch):
     assert (tmp_path / "page.html").read_bytes() == first
 
 
+def test_a_link_to_the_video_leads_there_from_a_folder_that_is_a_link(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "_LARGEST", 1000)
+    video = write_video(tmp_path / "video.mp4", numbered(60), np.arange(60) / 25, Fraction(25), None) or tmp_path / "video.mp4"
+    (tmp_path / "some/where").mkdir(parents=True)
+    (tmp_path / "short").symlink_to(tmp_path / "some/where")
+    write_page(tmp_path / "short/page.html", predicted(np.arange(60) / 25), video)
+    [link] = re.findall(r'"link": "(.*?)"', (tmp_path / "some/where/page.html").read_text())
+    assert (tmp_path / "some/where" / link).resolve() == video.resolve()
+
+
 # --- the annotated video
 
 @pytest.mark.parametrize("name, times, start", [
@@ -405,6 +476,42 @@ def test_turned_and_odd_pictures(tmp_path, turned, height, width):
         assert np.abs(drawn.image[int(v * y), int(u * x)].astype(int) - upright[int(v * y / scale), int(u * x / scale)]).max() < 12
     edge = drawn.image[int(0.5 * y), int(0.25 * x) - 3 : int(0.25 * x) + 4].astype(int)
     assert (edge[:, 0] + edge[:, 1] - edge[:, 2]).max() > 200  # the box is yellow
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.avi"])
+def test_oblong_pixels_are_shown_as_wide_as_they_are(tmp_path, page, name):
+    times = np.arange(10) / 25
+    video = tmp_path / name
+    with av.open(str(video), "w") as container:
+        track = container.add_stream("libx264" if name.endswith("mp4") else "mpeg4", rate=25, width=160, height=90, pix_fmt="yuv420p")
+        track.codec_context.sample_aspect_ratio = Fraction(2)
+        for image in numbered(10):
+            container.mux(track.encode(av.VideoFrame.from_ndarray(image)))
+        container.mux(track.encode())
+    info, table = video_info(video), predicted(times, box=(40, 20, 50, 60))
+    assert (info.width, info.height) == (160, 90) and pages._is_played(video, info) == name.endswith("mp4")
+    assert pages._shape(video, info) == (320, 90) and pages._shape(video, replace(info, turned=90, width=90, height=160)) == (45, 160)
+    write_page(tmp_path / "page.html", table, video)
+    opened(page, tmp_path / "page.html")
+    screen, box = page.locator("#screen").bounding_box(), page.locator(".box").bounding_box()
+    assert screen["width"] / screen["height"] == pytest.approx(320 / 90, abs=0.02) == page.evaluate("video.videoWidth / video.videoHeight")
+    assert (box["x"] - screen["x"]) / screen["width"] == pytest.approx(40 / 160, abs=0.01)
+    pages._write_small(tmp_path / "small.mp4", video, info, 1e6)
+    write_overlay(tmp_path / "overlay.mp4", table, video)
+    small, drawn = video_info(tmp_path / "small.mp4"), next(read_frames(tmp_path / "overlay.mp4")).image
+    assert (small.width, small.height) == (320, 90) and drawn.shape[1] == 480
+    assert abs(np.median(drawn[125, 200:280].astype(int)) - level(1)) < 3 and drawn[150, 200:280].mean() < 60 > drawn[138, 200:280].mean()  # a picture of 480 by 135
+    edge = drawn[75, 40 * 3 - 3 : 40 * 3 + 4].astype(int)
+    assert (edge[:, 0] + edge[:, 1] - edge[:, 2]).max() > 200  # the box is yellow
+
+
+def test_text_outside_of_the_picture_is_not_drawn():
+    image = np.zeros((60, 80, 3), np.uint8)
+    for x, y in ((-500, 30), (500, 30), (10, -500), (10, 500), (-20, -20), (-30, 30)):
+        pages._put(image, "face", x, y, 11, np.array([255, 255, 255]))
+        assert image.max() == 0, (x, y)
+    pages._put(image, "face", 10, 30, 11, np.array([255, 255, 255]))
+    assert image.max() > 200
 
 
 def test_what_is_said_is_drawn(tmp_path, monkeypatch):

@@ -120,6 +120,50 @@ def test_bad_news_is_told(results):
         assert sentence in told, sentence
 
 
+def test_without_an_interval_nothing_is_told(results):
+    none = dict.fromkeys(("coverage_after_low", "coverage_after_high", "rank_correlation_low", "rank_correlation_high"), "")
+    change(results, "tables/calibration", "estimate", **none)
+    change(results, "tables/ablation", "no_ordinal", gain_low="", gain_high="")
+    change(results, "tables/detection", "visual nuisance", gain_low="", gain_high="")
+    change(results, "tables/robustness_missing", "sage", low="", high="")
+    change(results, "tables/robustness_losses", "occlusion", low="", high="")
+    told = words(prose(write_report(results, results).read_text()))
+    for sentence in ("hold the truth, with no interval to tell it from the nine in ten", "[–, –], without an interval, so that nothing is said of which frames are hard",
+                     "Without an interval, so that nothing is said of it: no ordinal term", "with no interval to tell it from flags and energy",
+                     "with no interval to tell it from the model of sound alone"):
+        assert sentence in told, sentence
+    assert re.search(r"there is no interval in \d \(occlusion \(", told)
+    assert "clearly fewer" not in told and "Which frames are hard." not in told
+
+
+def test_a_tie_is_called_one(results):
+    scores = pd.read_csv(results / "tables/robustness.csv", dtype=str).set_index("model")
+    change(results, "tables/robustness", "rjca", seen=scores.at["sage", "seen"])
+    change(results, "tables/robustness", "jca", unseen="0.9")
+    change(results, "tables/robustness", "tagf", unseen=scores.at["sage", "unseen"])
+    told = words(prose(write_report(results, results).read_text()))
+    assert re.search(r"that training contains SAGE keeps a mean of [\d.]+, as much as RJCA;", told)
+    assert re.search(r"that it does not contain SAGE keeps a mean of [\d.]+, less than JCA and as much as TAGF. These are means set side by side, without a test or an interval.", told)
+
+
+def test_criteria_that_are_counted_wrongly_are_refused(results):
+    path = results / "replication/verdicts.csv"
+    table = path.read_text()
+    row = "second,baselines significantly above SAGE,0.000000,,,0,"
+    assert row + "True" in table
+    path.write_text(table.replace(row + "True", row + "False"))
+    with pytest.raises(DataError, match="verdicts.csv: of its criteria for “second” 4 of 5 are met, which is not what its row"):
+        write_report(results, results)
+
+
+def test_the_verdict_counts_and_not_the_interval_before_correction(results):
+    table = pd.read_csv(results / "tables/comparison.csv", dtype=str, keep_default_na=False)
+    for model in table.model[table.verdict != ""]:
+        change(results, "tables/comparison", model, verdict="not told apart", sage_gain_low="0.01", sage_gain_high="0.02")
+    told = words(write_report(results, results).read_text())
+    assert "SAGE is not told apart from it (difference before correction" in told and "SAGE has more" not in told
+
+
 def test_of_another_corpus_it_is_not_called_the_samples(results):
     for path in results.rglob("*"):
         if path.suffix in (".md", ".json"):
@@ -230,11 +274,15 @@ def test_a_number_leads_to_its_entry(page, made):
     assert "sage, equal" in entry.inner_text()
 
 
-def test_on_paper_it_is_whole(page, made):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_paper_it_is_whole(page, made, scheme):
+    page.emulate_media(color_scheme=scheme)
     page.goto((made / "report.html").as_uri())
     pdf = page.pdf(prefer_css_page_size=True, print_background=True)
     assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", pdf)) > 12
-    page.emulate_media(media="print")
+    page.emulate_media(media="print", color_scheme=scheme)
+    look = "[getComputedStyle(document.documentElement).colorScheme, getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, getComputedStyle(document.querySelector('svg .visual rect')).fill, getComputedStyle(document.querySelector('img.plot')).filter]"
+    assert page.evaluate(look) == ["light", "rgb(255, 255, 255)", "rgb(0, 0, 0)", "rgb(211, 236, 227)", "none"]
     page.set_viewport_size(dict(width=680, height=960))  # A4 between its margins
     hidden = page.evaluate("[...document.querySelectorAll('figcaption details p, section table')].filter(e => !e.checkVisibility() || e.getBoundingClientRect().height < 5).length")
     assert hidden == 0 and not page.locator("nav").is_visible()
