@@ -4,13 +4,17 @@
 
 # %% ../nbs/23_streaming.ipynb #4fd48d13
 from __future__ import annotations
-import hashlib, heapq, tempfile, time
+import hashlib, heapq, json, tempfile, time
 from collections.abc import Iterator
+from itertools import cycle
+from numbers import Integral, Real
 from pathlib import Path
+from typing import NamedTuple
 import cv2, numpy as np, torch
 from scipy.ndimage import gaussian_filter1d
 from scipy.special import erf, expit
 from torch import Tensor, nn
+from .affwild2 import video_info
 from .backbones import SpeechEncoder
 from .baselines import build_model
 from .core import MODALITIES, DataError, read_arrays, write_arrays
@@ -23,7 +27,7 @@ from .sage import SAGE, SageOutput
 from .sample import make_sample
 
 # %% auto #0
-__all__ = ['SageStream', 'Stream', 'replay', 'measure_stream']
+__all__ = ['SageStream', 'Stream', 'replay', 'file_rate', 'measure_stream']
 
 # %% ../nbs/23_streaming.ipynb #ffb8ad9d
 def _gelu(x: np.ndarray) -> np.ndarray:
@@ -302,11 +306,40 @@ class _Blocks:
 _NEAR = 0.051  # seconds of sound on either side of a frame that its level, peak and spectrum need, with a margin for rounding
 _REACH = 0.3  # seconds of sound on either side that an embedding of the small encoder can see; its own margin is on the safe side, and costs time
 _LONG, _SHORT = 0.4, 0.15  # seconds; deviations of the windows of synchrony and timbre (see features), which end at twice that
+_AHEAD = 60.0  # seconds of the latest sound that are kept, however far behind the pictures are
+_OPTIONS = dict(rate=(Real, float), wait=(Real, float), crop_size=(Integral, int), half=(bool | np.bool_, bool), side=(str | None, str),
+                detect_every=(Integral, int), face_model=(str | Path | None, str), several_faces=(bool | np.bool_ | None, bool), smallest_face=(Real, float))
+
+
+def _plain_options(options: dict) -> dict:
+    "Options as JSON holds them. An unknown one, one of another kind or out of bounds raises `DataError`."
+    plain = {}
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            raise DataError(f"a stream has no option {name}; it has {', '.join(_OPTIONS)}")
+        kind, make = _OPTIONS[name]
+        if not isinstance(value, kind) or isinstance(value, bool) and make is not bool:
+            raise DataError(f"a stream's option {name} is {value!r}, which is no {make.__name__}; change it")
+        plain[name] = None if value is None else make(value)
+    if not (0.1 <= plain["rate"] <= 1000 and 0 <= plain["wait"] <= 60):
+        raise DataError(f"a stream of {plain['rate']} pictures a second that waits {plain['wait']} s for sound: rate must be in [0.1, 1000], wait in [0, 60]; change it")
+    if not 8 <= plain["crop_size"] <= 1024:
+        raise DataError(f"a stream's crop_size is {plain['crop_size']} pixels, but must be in [8, 1024]; give what the encoders were trained with")
+    if plain.get("side") not in (None, "left", "right"):
+        raise DataError(f"a stream's option side is {plain['side']!r}; give left, right or nothing")
+    return plain
+
+
+def _moment(what: str, time: float) -> float:  # of a picture, or of a sound's first sample
+    if not isinstance(time, Real) or isinstance(time, bool) or not np.isfinite(time):
+        raise DataError(f"{what} at {time!r}: its moment is no finite number; give seconds on one clock for pictures and sound")
+    return float(time)
 
 
 class Stream:
     """A live picture and its sound: push them as they arrive, take the rows that are ready. One person's face is followed.
-    The rows are those of the whole file (see predict), `delay` seconds later; memory does not grow with the stream."""
+    The rows are those of the whole file (see predict), `delay` seconds later; memory does not grow with the stream: of frames a second or so is kept
+    (and up to `wait` more), of sound that is ahead of the pictures, or comes before the first of them, the latest 60 s and no more."""
 
     def __init__(
         self,
@@ -315,11 +348,12 @@ class Stream:
         rate: float,  # pictures a second, the camera's own
         wait: float = 1.0,  # seconds that a frame waits for sound that is late
         crop_size: int = 48,  # side of the face crops, pixels; as the encoders were trained
+        half: bool = False,  # embeddings rounded to half precision, as the run's features were (`encode.half`)
         **search,  # how the face is looked for: options of `media.face_finder`
     ):
-        "Options that do not fit each other raise `DataError`."
-        if not (0.1 <= rate <= 1000 and 0 <= wait <= 60):
-            raise DataError(f"a stream of {rate} pictures a second that waits {wait} s for sound: rate must be in [0.1, 1000], wait in [0, 60]; change it")
+        "Options that do not exist, are of another kind or do not fit each other raise `DataError`."
+        self.options = _plain_options(dict(rate=rate, wait=wait, crop_size=crop_size, half=half, **search))
+        rate = self.options["rate"]
         self._sage, self.encoders = SageStream(model), tuple(encoders)
         sizes = dict(visual=self.encoders[0].dim, audio=self.encoders[1].dim)
         if model.front.dim != sizes or model.front.cue_dim != len(CUES):
@@ -327,8 +361,7 @@ class Stream:
                             "give the encoders that it was trained with")
         if isinstance(self.encoders[1], SpeechEncoder):
             raise DataError("a stream has no room for an encoder of speech, which attends to twelve seconds at once; train with the small one, or VGGish")
-        self.options = dict(rate=float(rate), wait=float(wait), crop_size=crop_size, **search)
-        self._finder = face_finder(**search)
+        self._finder = face_finder(**{name: self.options[name] for name in search})
         self._long, self._short = (int(2 * seconds * rate + 0.5) for seconds in (_LONG, _SHORT))  # frames to either side, as the filter counts them
         self._coarse, self._timbre, self._floor = RunningMean(rate), RunningMean(rate, 20.0), None
         self._sound = _Sound()
@@ -349,22 +382,23 @@ class Stream:
         time: float,  # seconds; later than the one before
     ) -> None:
         "The next picture. What is no picture, or not later, raises `DataError`."
+        time = _moment("picture", time)
         if self._finished:
             raise DataError(f"picture at {time} s: the stream is finished; begin another")
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size):
             raise DataError(f"picture at {time} s: a picture is an array [H, W, 3] of uint8, red, green and blue; convert it")
-        if not self._newest < time < np.inf:
+        if not self._newest < time:
             raise DataError(f"picture at {time} s comes after one at {self._newest} s; push pictures in order, each with a time of its own")
-        self._began = time if not self._pictures else self._began
-        self._newest, self._pictures = float(time), self._pictures + 1
-        face, frame = self._finder(image), dict(time=float(time), found=False, mouth=0.0)
+        face, frame = self._finder(image), dict.fromkeys(_FRAME) | dict(time=time, found=False, mouth=0.0)
         if face.found:
             visual, crop = self.encoders[0], crop_face(image, face.box, self.options["crop_size"])
             with torch.inference_mode():
-                seen = visual(torch.from_numpy(crop[None]).to(next(visual.parameters()).device)).cpu().numpy()[0]
+                seen = self._keep(visual(torch.from_numpy(crop[None]).to(next(visual.parameters()).device)).cpu().numpy()[0])
             *looks, mouth = picture_cues(crop[None], np.ones(1, bool), self._coarse)[0].tolist()
             looks.insert(2, face.score)  # sharpness, brightness, score, change, upper, lower
             frame.update(found=True, mouth=mouth, box=np.array(face.box, np.float32).tolist(), seen=seen, looks=looks)
+        self._began = self._began if self._pictures else time
+        self._newest, self._pictures = time, self._pictures + 1
         self._frames.append(frame)
         self._advance()
 
@@ -374,13 +408,14 @@ class Stream:
         time: float,  # seconds on the pictures' clock, of the first sample
     ) -> None:
         "The next piece of sound, of any length. What is no sound, or a second out of order, raises `DataError`."
+        time = _moment("sound", time)
         if self._no_more_sound:
             raise DataError(f"sound at {time} s: it was said that there will be no more; begin another stream")
-        samples = np.asarray(samples)
-        if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all() or not np.isfinite(time):
+        if not (isinstance(samples, np.ndarray) and samples.ndim == 1 and samples.dtype.kind == "f" and np.isfinite(samples).all()):
             raise DataError(f"sound at {time} s: sound is an array [N] of finite numbers in [-1, 1], mono at 16 kHz; convert it")
-        self._sound.push(samples.astype(np.float32), float(time))
+        self._sound.push(samples.astype(np.float32), time)
         self._advance()
+        self._sound.forget(self._sound.end - round(_AHEAD * AUDIO_RATE))
 
     def end_sound(self) -> None:
         "There is no sound, or no more of it."
@@ -483,7 +518,13 @@ class Stream:
         piece = self._sound.cut(frame["begin"] + first, min(frame["begin"] + int((moment + margin) * AUDIO_RATE), self._sound.end))
         with torch.inference_mode():
             rows, ok = audio.at(torch.from_numpy(piece).to(next(audio.parameters()).device), np.array([moment - first / AUDIO_RATE]))
-        return rows[0], bool(ok[0])
+        return self._keep(rows[0]), bool(ok[0])
+
+    def _keep(self, embedding: np.ndarray) -> np.ndarray:
+        "An embedding as `features.encode_trial` keeps it."
+        if not np.isfinite(embedding).all() or self.options["half"] and np.abs(embedding).max() > np.finfo(np.float16).max:
+            raise DataError("an encoder gives numbers that are not finite, or too large for half precision; set half to false, or give other weights")
+        return embedding.astype(np.float16).astype(np.float32) if self.options["half"] else embedding
 
     def _say(self, number: int) -> None:
         frame = self._frame(number)
@@ -508,10 +549,10 @@ class Stream:
         self,
         path: str | Path,  # a `.safetensors` file
     ) -> None:
-        "Write all that the stream remembers: arrays, and JSON for the rest. Rows that were not taken are part of it."
+        "Write all that the stream remembers: arrays, and JSON for the rest. Rows that were not taken are part of it; a face model is named by its path."
         arrays = {}
-        state = {name: _pack(value, arrays) for name, value in vars(self).items() if name not in ("encoders", "options")}
-        write_arrays(path, arrays, dict(stream=state, options=self.options, belongs=_fingerprint(self._sage.model, *self.encoders)))
+        meta = dict(stream=_pack(self, self._form(self._said), arrays), options=self.options, belongs=_fingerprint(self._sage.model, *self.encoders))
+        write_arrays(path, arrays, meta)
 
     @classmethod
     def restore(
@@ -520,55 +561,151 @@ class Stream:
         model: SAGE,  # the model
         encoders: tuple[nn.Module, nn.Module],  # and the encoders that it was saved with
     ) -> Stream:
-        "The stream as it was when it was saved: what comes next gives the same numbers, to the byte. Another model, or no stream's file, raises `DataError`."
+        """The stream as it was when it was saved: what comes next gives the same numbers, to the byte. Another model (other weights or other settings),
+        other encoders, no stream's file, or one that holds less or more than `save` writes raises `DataError`."""
         arrays, meta = read_arrays(path)
-        if "stream" not in meta:
+        if not isinstance(meta, dict) or "stream" not in meta:
             raise DataError(f"{path}: holds no stream's memory; give a file that Stream.save wrote")
-        if meta["belongs"] != _fingerprint(model, *encoders):
+        if meta.get("belongs") != _fingerprint(model, *encoders):
             raise DataError(f"{path}: was saved with another model or other encoders; restore it with those")
-        stream = cls(model, encoders, **meta["options"])
-        for name, packed in meta["stream"].items():
-            setattr(stream, name, _unpack(packed, arrays, getattr(stream, name)))
+        try:
+            _expect(set(meta) == {"stream", "options", "belongs"}, {"rate", "wait", "crop_size", "half"} <= set(meta["options"]))
+            stream = cls(model, encoders, **meta["options"])
+            state = _unpack(meta["stream"], arrays)
+            _expect(not arrays, _fits(state, stream._form(state["_said"])))
+            stream._put(state)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
+            raise DataError(f"{path}: not what Stream.save writes, the whole of it and nothing else; give the file as it was written") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
         return stream
 
+    def _form(self, said: int) -> dict:
+        "Of what is saved; the model's memory is that which any frame leaves."
+        blank, sizes = SageStream(self._sage.model), self._sage.model.front.dim
+        if said:
+            visual, audio, cues = (np.zeros((1, 1, size), np.float32) for size in (sizes["visual"], sizes["audio"], len(CUES)))
+            blank(visual, audio, cues=cues)
+        return _STATE | dict(_sage=dict(memory={name: _Array(x.dtype.name, x.shape) for name, x in blank.memory.items()}))
 
-def _pack(value, arrays: dict[str, np.ndarray]):
-    "A value as JSON holds it; arrays go to `arrays`. Of an object, what changes."
+    def _put(self, state: dict) -> None:
+        "Remember what is of the right form; what contradicts itself raises `ValueError`."
+        said, listened, pictures, gone, frames = (state[name] for name in ("_said", "_listened", "_pictures", "_gone", "_frames"))
+        finder, sound, times = state["_finder"], state["_sound"], [frame["time"] for frame in frames]
+        _expect(0 <= said <= listened <= pictures, gone == max(said - self._long, 0), len(frames) == pictures - gone, times == sorted(set(times)))
+        _expect(np.isfinite([state["_began"], state["_newest"]]).all() if pictures else state["_began"] == state["_newest"] == -np.inf)
+        _expect(not frames or state["_began"] <= times[0] and times[-1] == state["_newest"], (state["_floor"] is None) == (not listened))
+        for number, frame in enumerate(frames, gone):
+            known = {name for name, value in frame.items() if value is not None}
+            of_face, of_sound, of_place = {"box", "seen", "looks"}, {"heard", "voiced", "level", "shape", "loud"}, {"begin", "moment"}
+            _expect(known & of_face == (of_face if frame["found"] else set()), known & of_sound == (of_sound if number < listened else set()))
+            _expect(not frame["found"] or len(frame["seen"]) == self.encoders[0].dim)
+            _expect(known & of_place in ([of_place] if frame["heard"] else [of_place, set()] if number < listened else [set()]))
+        ends = [0, *(place + len(samples) for place, samples in sound["pieces"])]
+        _expect(ends[-1] <= sound["end"], (sound["start"] is None) == (sound["end"] == 0), all(end <= place for end, (place, _) in zip(ends, sound["pieces"])))
+        person, others = finder["_person"], finder.pop("_others")
+        _expect(all(track["box"] is not None or track is person and not track["found"] for track in (person, *others)))
+        _expect(all((track["box"] is None) == (track["template"] is None) and track["missing"] >= 0 for track in (person, *others)))
+        _expect(0 <= finder["_pause"] <= finder["_interval"] <= self._finder.detect_every, finder["_interval"] > 0, finder["_astray"] >= 0)
+        _expect(*(0 <= state[name]["weight"] <= getattr(self, name).most and (state[name]["weight"] > 0) == (type(state[name]["mean"]) is not float)
+                  for name in ("_coarse", "_timbre")))
+        state["_rows"] = [{name: row[name] for name in _ROW} for row in state["_rows"]]
+        _assign(self, state)
+        self._finder._others = [_assign(Track(), other) for other in others]
+
+
+class _Array(NamedTuple):
+    "The form of an array; its numbers are finite."
+
+    dtype: str
+    shape: tuple[int | None, ...]  # None: any length but 0
+
+
+# All that `save` writes, as forms of values: a dict or an object has these fields (of an object: those that change), a list of one form is of any length,
+# one of more has these, of a tuple one applies; float: a finite one; Real: or none.
+_TRACK = dict(box=(None, _Array("float64", (4,))), template=(None, _Array("uint8", (None, None))), found=bool, missing=int)
+_FRAME = dict(time=float, found=bool, mouth=float, box=(None, [float] * 4), seen=(None, _Array("float32", (None,))), looks=(None, [float] * 6),
+              heard=(None, bool), voiced=(None, bool), level=(None, float), shape=(None, _Array("float64", (12,))), loud=(None, [float] * 3),
+              begin=(None, int), moment=(None, float))
+_ROW = dict(frame=int, time=float, valence=Real, arousal=Real, valence_low=Real, valence_high=Real, arousal_low=Real, arousal_high=Real, reliability_visual=Real,
+            reliability_audio=Real, face_found=bool, voice_heard=bool, face_x=Real, face_y=Real, face_width=Real, face_height=Real)
+_BLOCKS = dict(number=(None, float), begin=int)
+_STATE = dict(
+    _finder=dict(_person=_TRACK, _others=[_TRACK], _astray=int, _interval=int, _pause=int), _floor=(None, float),
+    _coarse=dict(mean=(0.0, _Array("float64", (96,))), weight=float), _timbre=dict(mean=(0.0, _Array("float64", (12,))), weight=float),
+    _sound=dict(start=(None, float), end=int, pieces=[[int, _Array("float32", (None,))]]), _narrow=_BLOCKS, _wide=_BLOCKS,
+    _frames=[_FRAME], _gone=int, _pictures=int, _listened=int, _said=int, _began=(-np.inf, float), _newest=(-np.inf, float), _rows=[_ROW],
+    _no_more_sound=bool, _finished=bool)
+
+
+def _fits(value, form) -> bool:
+    match form:
+        case _Array():
+            right = isinstance(value, np.ndarray) and value.dtype.name == form.dtype and value.ndim == len(form.shape)
+            return right and np.isfinite(value).all() and all(n == wanted or wanted is None and n > 0 for n, wanted in zip(value.shape, form.shape))
+        case tuple():
+            return any(_fits(value, one) for one in form)
+        case dict():
+            return isinstance(value, dict) and set(value) == set(form) and all(_fits(value[name], one) for name, one in form.items())
+        case list():
+            right = isinstance(value, list) and (len(form) == 1 or len(value) == len(form))
+            return right and all(_fits(part, one) for part, one in zip(value, cycle(form)))
+        case type():
+            return type(value) is (float if form is Real else form) and (form is not float or bool(np.isfinite(value)))
+    return type(value) is type(form) and value == form
+
+
+def _expect(*right: bool) -> None:
+    if not all(right):
+        raise ValueError
+
+
+def _assign(thing, state: dict):
+    "Set what changes in an object, and in those that it holds."
+    for name, value in state.items():
+        if isinstance(value, dict) and not isinstance(getattr(thing, name), dict):
+            _assign(getattr(thing, name), value)
+        else:
+            setattr(thing, name, value)
+    return thing
+
+
+def _pack(value, form, arrays: dict[str, np.ndarray]):
+    "What a form names of a value, as JSON holds it; arrays go to `arrays`."
     if isinstance(value, np.ndarray):
         name = f"{len(arrays):04d}"
         arrays[name] = value
         return {"array": name}
-    if isinstance(value, dict):
-        return {"dict": {name: _pack(part, arrays) for name, part in value.items()}}
-    if isinstance(value, list | tuple):
-        return [_pack(part, arrays) for part in value]
-    if hasattr(value, "__dict__"):
-        return {"object": {name: _pack(part, arrays) for name, part in vars(value).items() if name not in ("model", "detector", "_weights", "_owners", "_next")}}
+    if isinstance(form, dict):
+        fields = value if isinstance(value, dict) else vars(value)
+        return {name: _pack(fields[name], one, arrays) for name, one in form.items()}
+    if isinstance(form, list):
+        return [_pack(part, one, arrays) for part, one in zip(value, cycle(form))]
     return value
 
 
-def _unpack(packed, arrays: dict[str, np.ndarray], like=None):
-    "The value again; an object is put into `like`."
+def _unpack(packed, arrays: dict[str, np.ndarray]):
+    "The value again, of dicts in the place of objects; its arrays are taken out of `arrays`."
     if isinstance(packed, list):
         return [_unpack(part, arrays) for part in packed]
     if not isinstance(packed, dict):
         return packed
-    [(kind, content)] = packed.items()
-    if kind == "array":
-        return arrays[content].copy()
-    if kind == "dict":
-        return {name: _unpack(part, arrays) for name, part in content.items()}
-    like = Track() if like is None else like  # the only objects in lists are other faces
-    for name, part in content.items():
-        setattr(like, name, _unpack(part, arrays, getattr(like, name)))
-    return like
+    if set(packed) == {"array"}:
+        return arrays.pop(packed["array"]).copy()
+    return {name: _unpack(part, arrays) for name, part in packed.items()}
+
+
+_PLAIN = bool | int | float | str | tuple | None  # kinds of a network's settings
 
 
 def _fingerprint(*networks: nn.Module) -> str:
+    "Of classes, settings and weights."
     digest = hashlib.sha256()
     for network in networks:
-        for name, value in network.state_dict().items():
-            digest.update(f"{name} {tuple(value.shape)}".encode() + value.cpu().contiguous().numpy().tobytes())
+        plain = {name: value for name, value in vars(network).items() if name[0] != "_" and name != "training" and isinstance(value, _PLAIN)}
+        digest.update(json.dumps([type(network).__qualname__, getattr(network, "recipe", None), plain], sort_keys=True, default=str).encode())
+        for name, value in (*network.named_parameters(), *network.named_buffers()):
+            digest.update(f"{name} {tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/23_streaming.ipynb #dac4e142
@@ -591,6 +728,14 @@ def replay(
         for _, *event in heapq.merge(pictures, pieces(), key=lambda event: event[0]):
             yield tuple(event)
 
+
+def file_rate(
+    video: str | Path,  # a file
+) -> float:  # pictures a second, as its cues are made offline (see `features.observation_cues`)
+    "The rate that a stream of a file is told: by the median of its times' differences; 25 for a single picture."
+    times = video_info(video).times
+    return 1 / max(float(np.median(np.diff(times))), 1e-3) if len(times) > 1 else 25.0
+
 # %% ../nbs/23_streaming.ipynb #f60ebe2a
 def measure_stream(
     video: str | Path | None = None,  # of a face; None: one is rendered
@@ -598,7 +743,7 @@ def measure_stream(
     rounds: int = 5,  # of which each frame's best counts: what it has to do is the same in all
     warm: int = 30,  # frames that are not counted
 ) -> list[dict]:  # a row as those of `efficiency.measure_extraction`: name, value, unit, sides, bar, met
-    "Measure what a frame of a 640 x 360 stream with 30 pictures a second costs: the 99th percentile; its sides are the mean and that. Networks are the small ones, untrained."
+    "Measure what a frame of a 640 x 360 stream with 30 pictures a second costs in processor time of one thread (`time.thread_time`): the 99th percentile; its sides are the mean and that. Networks are the small ones, untrained."
     taken, threads, most = [], cv2.getNumThreads(), 1000 / 30 / 3
     with tempfile.TemporaryDirectory() as temporary, torch.random.fork_rng():
         if video is None:
@@ -633,5 +778,5 @@ def measure_stream(
             cv2.setNumThreads(threads)
     best = np.min(taken, 0)[warm:]
     mean, worst = float(best.mean()), float(np.percentile(best, 99))
-    return [dict(name="streaming: a frame of 640 x 360 at 30 frames/s, after decoding, 99th percentile (and mean)", value=round(worst, 2), unit="ms",
+    return [dict(name="streaming: a frame of 640 x 360 at 30 frames/s, after decoding, processor time of one thread, 99th percentile (and mean)", value=round(worst, 2), unit="ms",
                  sides=[round(mean, 2), round(worst, 2)], bar=f"below {most:.1f}", met=worst < most)]

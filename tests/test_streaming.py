@@ -1,6 +1,8 @@
 """A stream says what the whole file would have said: from features on, and from raw video on; and it can be saved anywhere."""
 import json
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from sage_nb.encoders import HEARD, AudioEncoder, VisualEncoder
 from sage_nb.features import CUE_OWNERS, encode_trial
 from sage_nb.media import read_trial
 from sage_nb.sage import SAGE
-from sage_nb.streaming import SageStream, Stream, replay
+from sage_nb.sample import write_video as make_video
+from sage_nb.streaming import SageStream, Stream, file_rate, replay
 from sage_nb.training import predict_sequences
 
 torch.set_num_threads(1)
@@ -105,12 +108,16 @@ CLIPS = {
 
 @pytest.fixture(scope="module", params=CLIPS, ids=str)
 def case(request, tmp_path_factory):
+    case = offline(clip(tmp_path_factory.mktemp("clip") / "clip", **CLIPS[request.param]))
+    return case | dict(rows=run(case))
+
+
+def offline(video, half=False) -> dict:
     "A clip, networks, and what they say of it offline."
-    video = clip(tmp_path_factory.mktemp("clip") / "clip", **CLIPS[request.param])
     torch.manual_seed(0)
     encoders, model = (VisualEncoder().eval(), AudioEncoder().eval()), trained()
     raw = read_trial(Trial("clip", "test", video, None, None, "nobody", "nobody"))
-    arrays = encode_trial(raw, *encoders)
+    arrays = encode_trial(raw, *encoders, half)
     sequence = Sequence("clip", *(arrays[name] for name in ("visual", "audio", "va", "visual_ok", "audio_ok", "valid", "cues")))
     known = replace(sequence, **{name: np.nan_to_num(getattr(sequence, name)) for name in ("visual", "audio", "cues")})
     model.front.fit_statistics([known])
@@ -124,8 +131,7 @@ def case(request, tmp_path_factory):
                     f"{name}_high": np.minimum(said.va[:, k] + said.half_width[:, k], 1)}
     columns |= {f"reliability_{name}": said.reliability[:, m].mean(-1) for m, name in enumerate(("visual", "audio"))}
     columns |= {f"face_{name}": np.where(raw["visual_ok"], raw["box"][:, k], np.nan) for k, name in enumerate(("x", "y", "width", "height"))}
-    case = dict(video=video, model=model, encoders=encoders, rate=1 / np.median(np.diff(raw["time"])), offline=columns)
-    return case | dict(rows=run(case))
+    return dict(video=video, model=model, encoders=encoders, rate=file_rate(video), half=half, offline=columns)
 
 
 def push(stream, kind, data, moment):
@@ -134,7 +140,7 @@ def push(stream, kind, data, moment):
 
 def run(case, events=None, wait=1.0, save=None, path=None, rate=None) -> list[dict]:
     "All rows of a clip; saved and restored before each event whose number is in `save`."
-    stream, rows = Stream(case["model"], case["encoders"], rate or case["rate"], wait), []
+    stream, rows = Stream(case["model"], case["encoders"], rate or case["rate"], wait, half=case.get("half", False)), []
     for number, event in enumerate(replay(case["video"]) if events is None else events):
         if save is not None and number in save:
             stream.save(path)
@@ -174,6 +180,19 @@ def test_late_sound_is_waited_for(case):
     "Sound that comes 0.6 s after the pictures changes nothing."
     events = sorted(replay(case["video"]), key=lambda event: event[2] + (0.62 if event[0] == "sound" else 0))
     assert json.dumps(case["rows"]) == json.dumps(run(case, events))
+
+
+def test_features_in_half_precision_are_rounded_as_they_are_offline(tmp_path):
+    case = offline(clip(tmp_path / "clip", 45, 30), half=True)
+    rows = run(case, save={50}, path=tmp_path / "state.safetensors")
+    assert max(differences(rows, case["offline"]).values()) < 1e-5
+    assert max(differences(run(case | dict(half=False)), case["offline"]).values()) > 1e-5
+
+
+@pytest.mark.parametrize("count, rate", [(1, 25.0), (20, 30.0)])
+def test_the_rate_of_a_file_is_that_of_its_cues_offline(tmp_path, count, rate):
+    make_video(tmp_path / "clip.mp4", [wall()] * count, np.arange(count) / 30, Fraction(30), np.zeros(16000, np.float32))
+    assert file_rate(tmp_path / "clip.mp4") == pytest.approx(rate, 1e-3)
 
 
 # --- one clip in particular
@@ -260,6 +279,140 @@ def test_other_faces_are_remembered(long, tmp_path):
             stream.push_picture(image, number / 30)
             said += stream.ready()
     assert json.dumps(rows[0]) == json.dumps(rows[1]) and rows[0][-1]["face_x"] > 160
+
+
+def test_sound_before_the_first_picture_is_kept_for_a_minute(long):
+    stream, samples = Stream(long["model"], long["encoders"], 30.0), np.full(16000, 0.1, np.float32)
+    for second in range(200):
+        stream.push_sound(samples, float(second))
+    held = sum(len(piece) for _, piece in stream._sound.pieces)
+    assert 60 * 16000 <= held <= 61 * 16000
+    for n in range(30):
+        stream.push_picture(wall(), 199 + n / 60)
+    [row, *_] = stream.finish()
+    assert row["voice_heard"]
+
+
+def test_options_are_kept_as_plain_values(long, tmp_path):
+    stream = Stream(long["model"], long["encoders"], np.float32(30), np.int64(1), np.int64(48), np.bool_(True), detect_every=np.int64(3), smallest_face=np.float32(0.5),
+                    several_faces=np.bool_(False))
+    stream.save(tmp_path / "state.safetensors")
+    again = Stream.restore(tmp_path / "state.safetensors", long["model"], long["encoders"])
+    assert again.options == stream.options == dict(rate=30.0, wait=1.0, crop_size=48, half=True, detect_every=3, smallest_face=0.5, several_faces=False)
+    with pytest.raises(DataError, match="no such face model"):
+        Stream(long["model"], long["encoders"], 30.0, face_model=tmp_path / "none.onnx")
+
+
+def test_a_face_model_given_as_a_path_is_saved_as_text(long, tmp_path, monkeypatch):
+    import sage_nb.streaming as streaming
+
+    find = streaming.face_finder
+    monkeypatch.setattr(streaming, "face_finder", lambda face_model=None, **search: find(**search))
+    Stream(long["model"], long["encoders"], 30.0, face_model=Path("a.onnx")).save(tmp_path / "state.safetensors")
+    assert Stream.restore(tmp_path / "state.safetensors", long["model"], long["encoders"]).options["face_model"] == "a.onnx"
+
+
+@pytest.mark.parametrize("wrong", [dict(rate="30"), dict(rate=float("nan")), dict(rate=True), dict(wait=None), dict(crop_size=0), dict(crop_size=48.5), dict(half=1),
+                                   dict(detect_every=0), dict(detect_every=2.5), dict(side="top"), dict(colour="red"), dict(face_model=3)], ids=str)
+def test_options_that_do_not_fit_are_refused(long, wrong):
+    with pytest.raises(DataError, match="|".join(wrong)):
+        Stream(long["model"], long["encoders"], **dict(rate=30.0) | wrong)
+
+
+@pytest.mark.parametrize("moment", ["1", None, True, float("nan"), 1j, [1.0]], ids=str)
+def test_a_moment_is_a_number(long, moment):
+    stream = Stream(long["model"], long["encoders"], 30.0)
+    for push_it, data in ((stream.push_picture, wall()), (stream.push_sound, np.zeros(5, np.float32))):
+        with pytest.raises(DataError, match="moment"):
+            push_it(data, moment)
+    assert stream.finish() == []
+
+
+@pytest.fixture(scope="module")
+def saved(long, tmp_path_factory):
+    "The arrays and the rest of a stream in the middle, with rows that nobody took."
+    stream, path = Stream(long["model"], long["encoders"], 30.0, several_faces=True), tmp_path_factory.mktemp("state") / "state.safetensors"
+    for event in replay(long["video"]):
+        if event[2] < 1.4:
+            push(stream, *event)
+    stream.save(path)
+    assert list(Stream.restore(path, long["model"], long["encoders"]).ready()[0]) == COLUMNS
+    return read_arrays(path)
+
+
+def places(value, at=()):
+    "Where something is in a JSON value: keys to be followed, but one element of each list."
+    parts = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    for key, part in parts:
+        yield (*at, key)
+        yield from places(part, (*at, key))
+
+
+def changed(value, at, change):
+    "A copy in which the holder of a place, and its last key, were given to `change`."
+    holder = value = json.loads(json.dumps(value))
+    for key in at[:-1]:
+        holder = holder[key]
+    change(holder, at[-1])
+    return value
+
+
+def refused(path, arrays, meta, long):
+    write_arrays(path, arrays, meta)
+    with pytest.raises(DataError, match=r"state\.safetensors") as caught:
+        Stream.restore(path, long["model"], long["encoders"])
+    assert "\n" not in str(caught.value)
+
+
+def test_no_field_may_be_missing_or_of_another_kind(long, saved, tmp_path):
+    arrays, meta = saved
+
+    def remove(holder, key):
+        del holder[key]
+
+    def spoil(holder, key):
+        holder[key] = {"another": "kind"}
+
+    path = tmp_path / "state.safetensors"
+    for at in places(meta):
+        refused(path, arrays, changed(meta, at, spoil), long)
+        if not (isinstance(at[-1], int) and at[-2] in ("_rows", "pieces")) and at[:2] != ("options", "several_faces"):  # a list may be shorter, an option be left out
+            refused(path, arrays, changed(meta, at, remove), long)
+
+
+def test_no_array_may_be_missing_added_or_of_another_type(long, saved, tmp_path):
+    (arrays, meta), path = saved, tmp_path / "state.safetensors"
+    for name, value in {(value.dtype, value.shape): (name, value) for name, value in arrays.items()}.values():  # one of each kind
+        refused(path, {key: array for key, array in arrays.items() if key != name}, meta, long)
+        refused(path, arrays | {name: value.astype(np.int64)}, meta, long)
+        refused(path, arrays | {name: value[None]}, meta, long)
+    refused(path, arrays | dict(more=np.zeros(3)), meta, long)
+
+
+@pytest.mark.parametrize("at", [(), ("_sound",), ("_finder",), ("_finder", "_person"), ("_sage",), ("_sage", "memory"), ("_coarse",), ("_narrow",), ("_frames", 0), ("_rows", 0)], ids=str)
+def test_nothing_is_added(long, saved, tmp_path, at):
+    for name in ("finish", "margin", "detector", "__class__", "push"):
+        refused(tmp_path / "state.safetensors", saved[0], changed(saved[1], ("stream", *at, name), lambda holder, key: holder.update({key: 1})), long)
+
+
+@pytest.mark.parametrize("name, value", [("_said", 10**6), ("_said", -1), ("_said", 0), ("_listened", 0), ("_pictures", 10**400), ("_gone", 1), ("_newest", 0.0), ("_began", 99.0), ("_frames", [])])
+def test_what_contradicts_itself_is_refused(long, saved, tmp_path, name, value):
+    refused(tmp_path / "state.safetensors", saved[0], changed(saved[1], ("stream", name), lambda holder, key: holder.update({key: value})), long)
+
+
+@pytest.mark.parametrize("options", [dict(gated_messages=False), dict(reliability="none")], ids=str)
+def test_another_model_with_the_same_weights_is_refused(long, tmp_path, options):
+    path, other = tmp_path / "state.safetensors", trained(**options)
+    other.load_state_dict(long["model"].state_dict())
+    Stream(long["model"], long["encoders"], 30.0).save(path)
+    with pytest.raises(DataError, match="another model"):
+        Stream.restore(path, other, long["encoders"])
+    audio = AudioEncoder().eval()
+    audio.load_state_dict(long["encoders"][1].state_dict())
+    Stream.restore(path, long["model"], (long["encoders"][0], audio))
+    audio.margin = 0.6
+    with pytest.raises(DataError, match="other encoders"):
+        Stream.restore(path, long["model"], (long["encoders"][0], audio))
 
 
 @pytest.mark.parametrize("damage", ["cut", "stranger", "network"])
