@@ -67,10 +67,9 @@ def execution_key(root: Path, path: Path) -> str:
 def execute(task: tuple[Path, Path, Path]) -> None:
     "Execute a notebook the way `nbdev_test` does, in its own folder, and keep the copy."
     root, path, copy = task
-    core.pin_arithmetic()
-    os.environ.update(PYTHONHASHSEED="0", PYTHONPATH=str(root), IPYTHONDIR=str(root / ".work/ipython"), JUPYTER_PREFER_ENV_PATH="1")
     try:
-        pipeline.execute(path, copy.with_suffix(".part.ipynb"), {}, path.parent)
+        with pipeline._arithmetic_pinned(root):
+            pipeline.execute(path, copy.with_suffix(".part.ipynb"), {}, path.parent)
     except SystemExit:
         raise DataError(f"nbs/{path.name}: a cell failed, see above; mend it and run again") from None
     os.replace(copy.with_suffix(".part.ipynb"), copy)

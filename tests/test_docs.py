@@ -2,6 +2,7 @@
 import importlib
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -180,6 +181,8 @@ def test_a_notebook_is_executed_once_and_again_when_what_it_depends_on_changes(t
     path = toy(tmp_path / "project", "# Toy\n", "from pathlib import Path\nwith Path('../runs').open('a') as file: file.write('x')\n", "#| hide\nfrom sage_nb import core\n")
     root = tmp_path / "project"
 
+    before = dict(os.environ)
+
     def runs() -> int:
         copies = build.executed(root, [path], workers=1)
         assert list((root / ".work/docs/executed").iterdir()) == list(copies.values())
@@ -187,7 +190,7 @@ def test_a_notebook_is_executed_once_and_again_when_what_it_depends_on_changes(t
 
     (root / "sage_nb/__init__.py").write_text("")
     (root / "sage_nb/core.py").write_text("import os\n\ndef die_with_parent(pid):\n    pass\n")
-    assert (runs(), runs()) == (1, 1)
+    assert (runs(), runs()) == (1, 1) and os.environ == before
     (root / "sage_nb/other.py").write_text("")  # which it does not import
     assert runs() == 1
     (root / "sage_nb/core.py").write_text("def die_with_parent(pid):\n    return\n")
