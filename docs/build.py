@@ -28,7 +28,7 @@ HIDDEN = {"hide", "default_exp"}  # directives of cells that are not shown
 # --- notebooks
 
 def is_stage(path: Path) -> bool:
-    return bool(re.match(r"\d\d_stage_(?!report)", path.name))
+    return bool(re.match(r"\d\d_stage_", path.name))
 
 
 def sources(path: Path) -> list[str]:

@@ -205,6 +205,10 @@ def test_a_notebook_that_fails_is_named(tmp_path):
     assert not list((tmp_path / "project/.work/docs/executed").glob("*[0-9a-f].ipynb"))
 
 
+def test_what_only_the_pipeline_executes_is_a_stage():
+    assert {path.stem for path in (ROOT / "nbs").glob("*.ipynb") if build.is_stage(path)} == {path.stem for path in (ROOT / "nbs").glob("*.ipynb") if "skip_exec" in build.sources(path)[0]}
+
+
 def test_a_stage_is_shown_with_outputs_while_they_are_of_what_is_here(tmp_path):
     project = make_project(tmp_path / "project")
     write_sources(project)
