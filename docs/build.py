@@ -95,8 +95,9 @@ def stage_copies(root: Path) -> dict[str, Path]:
     found = {}
     for stage, entry in pipeline.read_stages(root, params["paths"]).items():
         notebook, copy, record = root / "nbs" / Path(entry["notebook"]).name, root / ".work/executed" / f"{stage}.ipynb", root / ".work/executed" / f"{stage}.json"
+        read = entry["deps"] + [path for path in entry["also"] if (root / path).exists()]
         try:
-            now = pipeline.provenance(root, stage, entry["deps"], {name: value for name, value in pipeline.stage_parameters(root, stage, notebook).items() if name != pipeline.WORKERS})
+            now = pipeline.provenance(root, stage, read, {name: value for name, value in pipeline.stage_parameters(root, stage, notebook).items() if name != pipeline.WORKERS})
         except DataError:  # something it reads is not there
             continue
         if copy.is_file() and record.is_file() and core.read_json(record) == json.loads(json.dumps(now)):
